@@ -1,14 +1,22 @@
 """A screen: cells, genes, and which cells were treated how. The only reader of ``.h5ad`` and ``.zarr``."""
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 
+from knockon.data.conventions import Columns, Design, recognize
+from knockon.data.values import Scale, scale
 from knockon.types import Covariate, Label, Spec, Units, UserError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +46,10 @@ class Screen:
         Where it was read from; empty for a screen made in memory.
     notes
         What was recognized rather than told, one line each, to be printed.
+    vocabulary
+        All conditions of the file, whatever is selected: what a ``Spec`` may name.
+    spellings
+        How the file writes each combination, by which the published additive split is ordered.
     """
 
     matrix: sp.csr_matrix
@@ -50,7 +62,9 @@ class Screen:
     dose_unit: str | None = None
     digest: str = ""
     source: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    vocabulary: tuple[Label, ...] = ()
+    spellings: Mapping[Label, str] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -106,5 +120,186 @@ class Screen:
         }
 
     def spec(self, vectors: Mapping[str, Float[np.ndarray, "width"]] | None = None) -> Spec:
-        """What a model may know of this screen: names and units of the whole file, no values."""
-        ...
+        """What a model may know of this screen: names and units of the whole file, no values.
+
+        Parameters
+        ----------
+        vectors
+            Fixed vector of each perturbation. Further names in it become perturbations that a
+            model can predict unseen.
+
+        Raises
+        ------
+        UserError
+            If a perturbation of the screen has no vector, or the vectors differ in length.
+        """
+        names = {name for label in self.vocabulary for name in label.perturbations}
+        perturbations = tuple(sorted(names | set(vectors or ())))
+        return Spec(
+            genes=self.genes,
+            perturbations=perturbations,
+            covariates=self.covariates,
+            slots=max((len(label.perturbations) for label in self.vocabulary), default=1) or 1,
+            units=self.units,
+            total=self.total,
+            dose_unit=self.dose_unit,
+            vectors=None if vectors is None else _stack(vectors, perturbations),
+        )
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        *,
+        perturbation_key: str | None = None,
+        control: str | None = None,
+        covariate_keys: Sequence[str] | None = None,
+        dose_key: str | None = None,
+        layer: str | None = None,
+        units: Units | None = None,
+        backed: bool = False,
+    ) -> Self:
+        """Read ``.h5ad`` or ``.zarr``; what is not told is recognized and noted.
+
+        Parameters
+        ----------
+        path
+            The file.
+        perturbation_key, control, covariate_keys, dose_key, layer, units
+            See ``Columns``.
+        backed
+            Leave the values on disk, for screens larger than memory.
+
+        Raises
+        ------
+        UserError
+            If the file cannot be read as a screen.
+        """
+        columns = Columns(
+            perturbation_key=perturbation_key,
+            control=control,
+            covariate_keys=None if covariate_keys is None else tuple(covariate_keys),
+            dose_key=dose_key,
+            layer=layer,
+            units=units,
+        )
+        return cls.from_anndata(_open(Path(path), backed=backed), columns=columns, source=str(path))
+
+    @classmethod
+    def from_anndata(cls, adata: "AnnData", *, columns: Columns = Columns(), source: str = "") -> Self:
+        """Make a screen of cells in memory or on disk.
+
+        Raises
+        ------
+        UserError
+            If genes are not unique, a layer or a column is missing, there is no control, or the
+            values are neither counts nor ``log1p``.
+        """
+        genes = tuple(adata.var_names.astype(str))
+        _refuse_duplicates(genes)
+        design = recognize(adata.obs, genes, columns)
+        matrix = _matrix(adata, columns.layer)
+        judged = scale(matrix, columns.units)
+        order = np.argsort(design.codes, kind="stable")
+        starts = np.searchsorted(design.codes[order], np.arange(len(design.labels) + 1))
+        rows = {
+            label: order[start:stop]
+            for label, start, stop in zip(design.labels, starts[:-1], starts[1:], strict=True)
+        }
+        cells = tuple(adata.obs_names.astype(str))
+        return cls(
+            matrix=matrix,
+            genes=genes,
+            cells=cells,
+            rows=rows,
+            covariates=design.covariates,
+            units=judged.units,
+            total=judged.total,
+            dose_unit=design.dose_unit,
+            digest=_digest(genes, cells, design),
+            source=source,
+            notes=(*design.notes, *_notes(rows, judged, columns)),
+            vocabulary=design.labels,
+            spellings=design.spellings,
+        )
+
+
+def _open(path: Path, *, backed: bool) -> "AnnData":
+    """Open a file; the one place where anndata reads."""
+    import anndata  # noqa: PLC0415 - half a second that --help need not wait for
+
+    if not path.exists():
+        raise UserError("No such file", offenders=[path], expected="an .h5ad or .zarr screen")
+    try:
+        if path.suffix == ".zarr" or path.is_dir():
+            return anndata.read_zarr(path)
+        return anndata.read_h5ad(path, backed="r" if backed else None)
+    except (OSError, KeyError, ValueError, TypeError, anndata.AnnDataReadError) as error:
+        raise UserError(
+            f"Cannot read {path} ({str(error).splitlines()[0]})",
+            expected="a whole .h5ad or .zarr file",
+            mend="download or write it again",
+        ) from error
+
+
+def _matrix(adata: "AnnData", layer: str | None) -> sp.csr_matrix:
+    if layer is not None and layer not in adata.layers:
+        raise UserError(
+            "Missing layer",
+            offenders=[layer],
+            expected=f"one of {', '.join(adata.layers) or 'none: the file has only X'}",
+            mend="--layer NAME, or nothing for X",
+        )
+    values = adata.X if layer is None else adata.layers[layer]
+    if values is None:
+        raise UserError("The file has no X", expected=f"a layer: {', '.join(adata.layers)}", mend="--layer NAME")
+    matrix = sp.csr_matrix(values, dtype=np.float32)
+    matrix.sum_duplicates()
+    return matrix
+
+
+def _refuse_duplicates(genes: Sequence[str]) -> None:
+    twice = sorted(gene for gene, times in Counter(genes).items() if times > 1)
+    if twice:
+        raise UserError(
+            "Duplicate genes",
+            offenders=twice,
+            expected="each gene once",
+            mend="adata.var_names_make_unique(), or sum them",
+        )
+
+
+def _digest(genes: Sequence[str], cells: Sequence[str], design: Design) -> str:
+    """Hash names and design, not values: a layer of the same cells is the same screen."""
+    marks = hashlib.sha256()
+    for texts in (genes, cells, [str(label) for label in design.labels]):
+        marks.update("\n".join(texts).encode())
+        marks.update(f"\0{len(texts)}\0".encode())
+    marks.update(design.codes.astype("<i8").tobytes())
+    return marks.hexdigest()
+
+
+def _notes(rows: Mapping[Label, np.ndarray], judged: Scale, columns: Columns) -> list[str]:
+    where = f"layer {columns.layer!r}" if columns.layer else "X"
+    total = f" of {judged.total:g} per cell" if judged.total else ""
+    notes = [] if columns.units else [f"{where} holds {judged.units}{total} (or --units)"]
+    single = [str(label) for label, found in rows.items() if len(found) == 1]
+    if single:
+        notes.append(f"{len(single)} conditions have one cell: {', '.join(single[:3])}")
+    return notes
+
+
+def _stack(
+    vectors: Mapping[str, Float[np.ndarray, "width"]], names: Sequence[str]
+) -> Float[np.ndarray, "perturbations width"]:
+    missing = [name for name in names if name not in vectors]
+    if missing:
+        raise UserError(
+            "Perturbations without a vector",
+            offenders=missing,
+            expected="a vector for every perturbation of the screen",
+            mend="add them to the table of --vectors, or leave it out",
+        )
+    if len({np.shape(vector) for vector in vectors.values()}) > 1:
+        raise UserError("Vectors of different lengths", expected="one length for all")
+    return np.stack([vectors[name] for name in names]).astype(np.float32)

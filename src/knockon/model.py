@@ -8,7 +8,7 @@ arguments (``default``, and where they make sense ``paper`` and ``small``) that 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_type_hints
 
 import safetensors
 import safetensors.torch
@@ -162,3 +162,8 @@ def load_weights(model: Model, path: Path) -> None:
             offenders=[str(error).splitlines()[1].strip() if "\n" in str(error) else error],
             expected="a run folder that nobody edited",
         ) from error
+
+
+def model_class(config: ModelConfig) -> type[Model]:
+    """The class that a configuration builds, known before there is any data to build it for."""
+    return get_type_hints(type(config).build)["return"]

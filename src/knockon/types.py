@@ -16,7 +16,7 @@ steps     steps of a solver or a schedule
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Label:
     @classmethod
     def of(
         cls, perturbations: Sequence[str], doses: Sequence[float] = (), covariates: Sequence[str] = ()
-    ) -> Self:
+    ) -> "Label":
         """Make a label from names in any order; doses default to 0."""
         doses = tuple(doses) or (0.0,) * len(perturbations)
         pairs = sorted(zip(perturbations, doses, strict=True))
@@ -133,11 +133,11 @@ class Condition:
     def __len__(self) -> int:
         return len(self.perturbation)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Condition":
         """Move to a device."""
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def __getitem__(self, index: slice | Tensor) -> Self:
+    def __getitem__(self, index: slice | Tensor) -> "Condition":
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
@@ -149,7 +149,7 @@ class CellSets:
     control: Float[Tensor, "sets cells genes"]
     condition: Condition
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "CellSets":
         """Move to a device."""
         return type(self)(
             target=self.target.to(device),

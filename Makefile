@@ -1,0 +1,44 @@
+# Everything a developer needs; each target builds .venv from the lock when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo
+
+.PHONY: setup demo check test test-slow bench format clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup  ## A simulated screen, scDFM and the baselines, held-out doubles predicted, scored and reported.
+	$(BIN)/knockon simulate $(DEMO)/screen.h5ad --preset demo --seed 0
+	$(BIN)/knockon inspect $(DEMO)/screen.h5ad
+	$(BIN)/knockon compare --data $(DEMO)/screen.h5ad --split additive \
+		--models no_effect mean_shift additive linear nearest latent_additive scdfm --out $(DEMO)/comparison
+	$(BIN)/knockon report $(DEMO)/comparison --out $(DEMO)/report.html
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,326 @@
+"""The commands. Each is a dataclass whose fields are its options, and whose ``run`` does the work."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from knockon import compare as comparing
+from knockon import models
+from knockon.data import inspect, simulate, splits
+from knockon.data.conventions import Columns
+from knockon.data.screen import Screen
+from knockon.evaluate import report, suites
+from knockon.files import written_aside
+from knockon.model import ModelConfig, Recipe, Training
+from knockon.progress import bar
+from knockon.run import Run
+from knockon.train import Options, train
+from knockon.types import UserError
+
+log = logging.getLogger("knockon")
+Flat = arg(name="")  # the fields of a group become options of the command, without a prefix
+
+
+class Command(Protocol):
+    """What every command is."""
+
+    def run(self) -> None:
+        """Do the work."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what is in a file, what is wrong with it, and how to mend it."""
+
+    data: Positional[Path]
+    """A screen: .h5ad or .zarr."""
+    columns: Annotated[Columns, Flat] = Columns()
+
+    def run(self) -> None:
+        """Print the report."""
+        for line in inspect.inspect(self.data, self.columns).lines():
+            _print(line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulate:
+    """Write a simulated screen whose true responses are known."""
+
+    out: Positional[Path]
+    """The .h5ad to write."""
+    preset: Literal["tiny", "demo", "norman", "contexts", "interaction"] = "demo"
+    """Size and kind of the screen."""
+    seed: int = 0
+    """Seed of the network, the design and the cells."""
+    cells: int | None = None
+    """Cells in all; the preset's without it."""
+    genes: int | None = None
+    """Genes of the panel."""
+    singles: int | None = None
+    """Single perturbations."""
+    doubles: int | None = None
+    """Pairs of them."""
+
+    def run(self) -> None:
+        """Simulate and write."""
+        asked = {name: getattr(self, name) for name in ("cells", "genes", "singles", "doubles")}
+        told = {name: value for name, value in asked.items() if value is not None}
+        config = dataclasses.replace(getattr(simulate, self.preset)(), seed=self.seed, **told)
+        adata = simulate.simulate(config)
+        with written_aside(self.out) as aside:
+            adata.write_h5ad(aside)
+        _print(f"{self.out}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Decide which conditions are held out, and write it down."""
+
+    data: Positional[Path]
+    """A screen: .h5ad or .zarr."""
+    kind: Literal["additive", "combinations15", "unseen", "context", "random"] = "additive"
+    """Doubles of measured singles; the first 15 of them with their singles; genes; contexts; any."""
+    out: Path
+    """The .json to write."""
+    seed: int = 42
+    """Seed of the choice."""
+    fraction: float | None = None
+    """Share of the doubles, genes or conditions that is held out; .3, or .1 of the genes."""
+    holdout: tuple[str, ...] = ()
+    """The perturbations (unseen) or contexts (context) to hold out; drawn by the seed without it."""
+    columns: Annotated[Columns, Flat] = Columns()
+
+    def run(self) -> None:
+        """Split, look for leaks, and write."""
+        screen = _read(self.data, self.columns)
+        split = splits.make(
+            self.kind, screen, seed=self.seed, fraction=self.fraction, holdout=self.holdout
+        )
+        for leak in splits.audit(split, screen):
+            log.warning("Leak: %s", leak)
+        split.write(self.out)
+        counts = ", ".join(f"{len(getattr(split, part))} {part}" for part in ("train", "validation", "test"))
+        _print(f"{self.out}: {counts} conditions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one model."""
+
+    name: Positional[str]
+    """The model; `knockon train` alone lists them."""
+    data: Path
+    """A screen: .h5ad or .zarr."""
+    out: Path
+    """The run folder to write, or to continue."""
+    split: str = "additive"
+    """A kind of split, or a .json of `knockon split`, or one written by hand."""
+    preset: str = "default"
+    """Where the options of model and training start from."""
+    model: ModelConfig
+    train: Training
+    options: Annotated[Options, Flat] = Options()
+    columns: Annotated[Columns, Flat] = Columns()
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> "Train":
+        """Read the options, which depend on the model and the preset that are named among them."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("name", nargs="?")
+        first.add_argument("--preset", default="default")
+        known, _ = first.parse_known_args(arguments[:1] + _option(arguments, "--preset"))
+        if known.name is None or known.name.startswith("-"):
+            raise UserError("No model", expected="one of " + ", ".join(models.names()), mend="name it first")
+        recipe = models.recipe(known.name, known.preset)
+        default = cls(
+            name=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, model=recipe.model, train=recipe.train
+        )
+        return tyro.cli(cls, args=arguments, default=default, prog="knockon train")
+
+    def run(self) -> None:
+        """Train."""
+        screen = _read(self.data, self.columns)
+        split = splits.make(self.split, screen)
+        recipe = Recipe(model=self.model, train=self.train)
+        run = train(recipe, screen, split, out=self.out, options=self.options)
+        _print(f"{self.out}: {self.name} after {run.record.steps} steps in {run.record.seconds:.0f} s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Generate cells of conditions and write them as .h5ad."""
+
+    folder: Positional[Path]
+    """A run folder."""
+    out: Path
+    """The .h5ad to write."""
+    perturbations: tuple[str, ...] = ()
+    """Such as "A+B" "C"; in every context unless written as "A+B | B cells"."""
+    part: Literal["train", "validation", "test"] | None = None
+    """A part of the run's split instead."""
+    cells: int = 256
+    """Cells of each condition."""
+    seed: int = 0
+    """Seed of the control cells and the noise."""
+    data: Path | None = None
+    """The screen, where it is not where it was in training."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+    def run(self) -> None:
+        """Predict and write."""
+        if bool(self.perturbations) == (self.part is not None):
+            raise UserError(
+                "Nothing or two things to predict",
+                expected="either --perturbations or --part",
+                mend='--perturbations "A+B" or --part test',
+            )
+        run = Run.load(self.folder, screen=self.data, device=self.device)
+        conditions = self.part or self.perturbations
+        with bar("predicting", total=len(run.resolve(conditions)), quiet=self.quiet) as advance:
+            predicted = run.predict(conditions, cells=self.cells, seed=self.seed, advance=advance)
+        with written_aside(self.out) as aside:
+            predicted.write_h5ad(aside)
+        made = int((~predicted.obs["control"]).sum())
+        _print(f"{self.out}: {made:,} predicted cells, and {predicted.n_obs - made:,} control cells")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score predicted cells against real ones, between a floor and a ceiling."""
+
+    pred: Path
+    """Predicted cells: .h5ad."""
+    real: Path
+    """The screen."""
+    split: str = "additive"
+    """A kind of split, or a .json; its test conditions are scored."""
+    out: Path
+    """Folder for scores.csv and summary.csv."""
+    suite: Literal["core"] = "core"
+    """Which metrics, by which conventions."""
+    seed: int = 0
+    """Seed of the halves of the ceiling, of the baselines' cells and of the bootstrap."""
+    columns: Annotated[Columns, Flat] = Columns()
+
+    def run(self) -> None:
+        """Score, print and write."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train, predict and score several models, and print one table."""
+
+    data: Path
+    """A screen: .h5ad or .zarr."""
+    out: Path
+    """Folder of the comparison; running it again does only what is missing."""
+    models: tuple[str, ...] = ("no_effect", "mean_shift", "additive", "scdfm")
+    """Names, or name:preset."""
+    split: str = "additive"
+    """A kind of split, or a .json."""
+    cells: int = 256
+    """Predicted cells of each condition."""
+    steps: int | None = None
+    """Training steps of every model that has any; each preset's own without it."""
+    seed: int = 0
+    """Seed of training and prediction."""
+    suite: Literal["core"] = "core"
+    """Which metrics, by which conventions."""
+    options: Annotated[Options, Flat] = Options()
+    columns: Annotated[Columns, Flat] = Columns()
+
+    def run(self) -> None:
+        """Compare and print."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one HTML file about a comparison."""
+
+    folder: Positional[Path]
+    """Folder of a comparison."""
+    out: Path
+    """The .html to write."""
+
+    def run(self) -> None:
+        """Write."""
+        report.write(self.folder, self.out)
+        _print(f"{self.out}")
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "inspect": Inspect,
+    "simulate": Simulate,
+    "split": Split,
+    "train": Train,
+    "predict": Predict,
+    "evaluate": Evaluate,
+    "compare": Compare,
+    "report": Report,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a user's mistake ends in one message and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(logging.INFO)
+    try:
+        _command(arguments).run()
+    except UserError as error:
+        Console(stderr=True, highlight=False).print(f"knockon: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nknockon: stopped; the same command continues where it left off")
+        sys.exit(130)
+
+
+def _command(arguments: list[str]) -> Command:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print("usage: knockon COMMAND [options]        (knockon COMMAND --help)\n")
+        for name, kind in COMMANDS.items():
+            _print(f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}")
+        sys.exit(0)
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise UserError(f"There is no command {name!r}", expected="one of " + ", ".join(COMMANDS))
+    if name == "train":
+        return Train.parse(rest)
+    return tyro.cli(COMMANDS[name], args=rest, prog=f"knockon {name}")
+
+
+def _option(arguments: Sequence[str], name: str) -> list[str]:
+    """One option with its value, in either spelling, or nothing."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            return [argument]
+        if argument == name:
+            return list(arguments[i : i + 2])
+    return []
+
+
+def _read(path: Path, columns: Columns) -> Screen:
+    """Read a screen and say what was recognized."""
+    screen = Screen.read(path, **dataclasses.asdict(columns))
+    for note in screen.notes:
+        log.info(note)
+    return screen
+
+
+def _print(line: str) -> None:
+    Console(highlight=False).print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,129 @@
+"""Files that appear whole or not at all, and JSON that is checked when it is read back."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from knockon.types import UserError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` when all went well.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be written to, or the disk is full; nothing is left behind.
+    """
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
+        aside = Path(name)
+        yield aside
+        aside.chmod(0o644)
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path} ({error.strerror or error})",
+            expected="a folder that can be written to, with space on its disk",
+            mend="choose another place with --out, or free some space",
+        ) from error
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, is no JSON, or holds anything but an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no {path}", mend="check the path") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"Cannot read {path} ({error})", expected="a JSON file") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}", expected="a JSON object")
+    return value
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def from_plain(kind: type[T], value: Mapping[str, Any], *, where: str) -> T:
+    """Rebuild a dataclass from ``dataclasses.asdict`` after a trip through JSON.
+
+    Parameters
+    ----------
+    kind
+        A dataclass whose fields are plain values, tuples of them, or dataclasses.
+    value
+        As read from a file; every field must be there and nothing else.
+    where
+        Named in errors, such as ``"runs/x/run.json, config"``.
+
+    Raises
+    ------
+    UserError
+        If a field is missing, unknown or of the wrong type.
+    """
+    hints = typing.get_type_hints(kind)
+    wanted = {f.name for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    strange = sorted(set(value) ^ wanted)
+    if strange:
+        raise UserError(f"Missing or unknown fields in {where}", offenders=strange, expected="an unedited file")
+    return kind(**{name: _as(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+def _as(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotated type, where JSON has fewer types than Python."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(typing.cast(type, hint), value, where=where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _as(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(_as(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _as(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if not (value in arguments if origin is typing.Literal else type(value) is hint):
+        raise UserError(f"{where} is {value!r}", expected=str(getattr(hint, "__name__", hint)))
+    return value

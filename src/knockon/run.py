@@ -1,0 +1,277 @@
+"""A run folder: a trained model with everything that is needed to use it, and nothing that executes."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import anndata
+import numpy as np
+import safetensors.numpy
+import torch
+
+from knockon import models
+from knockon.data import conventions, prepare, splits
+from knockon.data.conventions import Columns
+from knockon.data.prepare import Preparation
+from knockon.data.screen import Screen
+from knockon.data.splits import Part, Split
+from knockon.files import digest, from_plain, read_json, write_json, written_aside
+from knockon.model import Model, ModelConfig, Training, load_weights, save_weights
+from knockon.predict import generate
+from knockon.types import Label, Spec, UserError
+
+WEIGHTS, VECTORS = "weights.safetensors", "vectors.safetensors"
+RECORD, SPEC, SPLIT, LOG = "run.json", "spec.json", "split.json", "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What ``run.json`` says: how a run came about, so that it can be repeated and recognized."""
+
+    model: str
+    """Name of the model's file in ``knockon.models``."""
+    config: ModelConfig
+    train: Training
+    source: str
+    """The file of the screen; empty for a screen made in memory."""
+    columns: Columns
+    """How the file was read."""
+    screen: str
+    """Digest of the screen before preparation."""
+    preparation: Preparation
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the other files of the folder; without the weights until training has finished."""
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    steps: int = 0
+    """Steps done when training ended."""
+    seconds: float = 0.0
+    """Wall time of training, without what was resumed."""
+
+    def write(self, folder: Path) -> None:
+        """Write ``run.json``."""
+        write_json(folder / RECORD, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Read ``run.json``; everything in it is checked, nothing is executed."""
+        plain = read_json(folder / RECORD)
+        where = str(folder / RECORD)
+        config = models.load(str(plain.get("model"))).Config
+        hollow = dataclasses.make_dataclass(
+            "Hollow", [(f.name, config if f.name == "config" else f.type) for f in dataclasses.fields(cls)]
+        )
+        filled = from_plain(hollow, plain, where=where)
+        return cls(**{f.name: getattr(filled, f.name) for f in dataclasses.fields(cls)})
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return WEIGHTS in self.files
+
+    def asked(self) -> dict[str, object]:
+        """What the user asked for, without what came of it: equal for a run and its resumption."""
+        outcome = {"files", "versions", "device", "steps", "seconds"}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("knockon", "torch", "numpy", "scipy", "anndata", "scanpy", "lightning-fabric")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+
+
+def write_spec(spec: Spec, folder: Path) -> None:
+    """Write ``spec.json``, and ``vectors.safetensors`` where perturbations have vectors."""
+    plain = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "vectors"}
+    plain["covariates"] = [dataclasses.asdict(covariate) for covariate in spec.covariates]
+    if spec.vectors is not None:
+        with written_aside(folder / VECTORS) as aside:
+            safetensors.numpy.save_file({"vectors": np.ascontiguousarray(spec.vectors, np.float32)}, aside)
+    write_json(folder / SPEC, plain)
+
+
+def read_spec(folder: Path) -> Spec:
+    """Read what ``write_spec`` wrote."""
+    plain = read_json(folder / SPEC) | {"vectors": None}
+    spec = from_plain(Spec, plain, where=str(folder / SPEC))
+    vectors = folder / VECTORS
+    if not vectors.exists():
+        return spec
+    return dataclasses.replace(spec, vectors=safetensors.numpy.load_file(vectors)["vectors"])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """A trained model in its folder.
+
+    Parameters
+    ----------
+    folder
+        Where it lies.
+    model
+        Fitted, on its device.
+    record, split
+        How it came about.
+    screen
+        The prepared screen, whose control cells predictions start from.
+    """
+
+    folder: Path
+    model: Model
+    record: Record
+    split: Split
+    screen: Screen
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, screen: Screen | str | Path | None = None, device: str = "cpu"
+    ) -> "Run":
+        """Load a run folder, also a stranger's: none of its content is executed.
+
+        Parameters
+        ----------
+        screen
+            The screen that the run was trained on, unprepared, or its file; by default it is read again
+            from where it was.
+        device
+            ``cpu``, ``cuda`` or ``auto``.
+
+        Raises
+        ------
+        UserError
+            If the folder is unfinished or was edited, or the screen is another one.
+        """
+        folder = Path(folder)
+        record = Record.read(folder)
+        if not record.finished:
+            raise UserError(f"The run in {folder} has not finished", mend="give the same train command again")
+        _refuse_edited(record, folder)
+        if not isinstance(screen, Screen):
+            screen = _read_screen(record, folder, screen)
+        if screen.digest != record.screen:
+            raise UserError(
+                f"The run in {folder} was trained on another screen",
+                expected=f"digest {record.screen[:8]}, found {screen.digest[:8]}",
+                mend="give the screen that it was trained on with --data",
+            )
+        spec = read_spec(folder)
+        with torch.random.fork_rng(devices=[]):
+            model = record.config.build(spec)
+        load_weights(model, folder / WEIGHTS)
+        return cls(
+            folder=folder,
+            model=model.to(resolve_device(device)).eval(),
+            record=record,
+            split=splits.read(folder / SPLIT, screen),
+            screen=prepare.apply(screen, record.preparation),
+        )
+
+    def predict(
+        self,
+        conditions: Sequence[str | Label] | Part = "test",
+        *,
+        cells: int = 256,
+        seed: int = 0,
+        advance: Callable[[], None] = lambda: None,
+    ) -> anndata.AnnData:
+        """Generate cells of conditions that are named, or of a part of the split.
+
+        Parameters
+        ----------
+        conditions
+            Such as ``"A+B"`` (in every context, where there are covariates) or a ``Label``.
+        cells
+            Cells of each condition.
+        seed
+            Seed of the control cells and the noise.
+        advance
+            Called after each condition, for a progress bar.
+
+        Returns
+        -------
+        AnnData
+            See ``generate``; ``uns["knockon"]`` tells where it is from.
+        """
+        labels = self.resolve(conditions)
+        predicted = generate(self.model, self.screen, labels, cells=cells, seed=seed, advance=advance)
+        return self._sign(predicted, seed)
+
+    def resolve(self, conditions: Sequence[str | Label] | Part) -> list[Label]:
+        """Conditions as labels; a perturbation without context is meant in every context."""
+        if isinstance(conditions, str):
+            return list(getattr(self.split, conditions))
+        found: list[Label] = []
+        for condition in conditions:
+            label = condition if isinstance(condition, Label) else self._parse(condition)
+            if label.covariates or not self.screen.covariates:
+                found.append(label)
+            else:
+                contexts = [control.covariates for control in self.screen.controls]
+                found += [Label(label.perturbations, label.doses, context) for context in contexts]
+        return found
+
+    def _parse(self, text: str) -> Label:
+        return conventions.parse(text, known=self.model.spec.perturbations)
+
+    def _sign(self, predicted: anndata.AnnData, seed: int) -> anndata.AnnData:
+        """Note in a prediction where it is from, and on which scale it is."""
+        spec = self.model.spec
+        predicted.uns["knockon"] = {
+            "model": self.record.model,
+            "run": digest(self.folder / RECORD),
+            "screen": self.record.screen,
+            "split": self.split.kind,
+            "split_digest": self.record.files[SPLIT],
+            "seed": seed,
+            "units": spec.units,
+            "total": -1.0 if spec.total is None else spec.total,
+            "versions": versions(),
+        }
+        if spec.units == "log1p":
+            predicted.uns["log1p"] = {"base": float(np.e)}
+        return predicted
+
+
+def resolve_device(name: str) -> str:
+    """Turn ``auto`` into the accelerator, where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _refuse_edited(record: Record, folder: Path) -> None:
+    for name in _files(folder):
+        if not (folder / name).is_file() or digest(folder / name) != record.files.get(name):
+            raise UserError(
+                f"{folder / name} was changed or removed after training",
+                expected="a run folder that nobody edited",
+                mend="restore the file, or train again",
+            )
+
+
+def _files(folder: Path) -> list[str]:
+    """Files that a finished run is made of, besides its record and its log."""
+    return [SPEC, SPLIT, WEIGHTS] + [VECTORS] * (folder / VECTORS).exists()
+
+
+def _read_screen(record: Record, folder: Path, told: str | Path | None) -> Screen:
+    path = Path(told or record.source)
+    if told is None and not (record.source and path.exists()):
+        raise UserError(
+            f"The screen of the run in {folder} is not where it was ({record.source or 'made in memory'})",
+            mend="say where it is with --data, or in Python with screen=",
+        )
+    return Screen.read(path, **dataclasses.asdict(record.columns))
+
+
+def save_run(folder: Path, model: Model, record: Record) -> Record:
+    """Write the weights and the finished record, in this order."""
+    with written_aside(folder / WEIGHTS) as aside:
+        save_weights(model, aside)
+    record = dataclasses.replace(record, files={name: digest(folder / name) for name in _files(folder)})
+    record.write(folder)
+    return record

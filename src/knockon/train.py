@@ -1,0 +1,382 @@
+"""Training: the one loop, and the only ``.backward(`` of knockon."""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers import TensorBoardLogger
+from torch import Tensor
+
+from knockon import models
+from knockon.data import prepare, splits
+from knockon.data.sampler import Sampler
+from knockon.data.screen import Screen
+from knockon.data.splits import Split
+from knockon.dynamics.discrepancy import energy_distance
+from knockon.files import write_text, written_aside
+from knockon.model import Model, ModelConfig, Recipe, Training, model_class
+from knockon.predict import generate
+from knockon.progress import bar
+from knockon.run import LOG, RECORD, SPEC, SPLIT, Record, Run, resolve_device, save_run, versions, write_spec
+from knockon.types import Label, UserError
+
+CHECKPOINT = Path("checkpoint") / "state.safetensors"
+VALIDATION_CONDITIONS = 8
+"""Conditions that a validation generates at most; the first of the split's."""
+
+log = logging.getLogger("knockon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything about a training run that is not the model's own."""
+
+    genes: int | None = None
+    """Most variable genes to keep, chosen on training cells; perturbed genes are kept besides. All without it."""
+    total: float | None = None
+    """Counts per cell to normalize to, where the screen holds counts; the training median without it."""
+    device: str = "auto"
+    """``cpu``, ``cuda`` or ``auto``."""
+    tensorboard: bool = False
+    """Log to ``tensorboard/`` in the run folder as well."""
+    quiet: bool = True
+    """Show no progress bar."""
+
+
+def train(
+    model: str | ModelConfig | Recipe,
+    screen: Screen,
+    split: Split | str = "additive",
+    *,
+    out: str | Path,
+    options: Options = Options(),  # noqa: B008 (frozen)
+) -> Run:
+    """Train a model and write its run folder; continue where an earlier run of the same stopped.
+
+    Parameters
+    ----------
+    model
+        A name (its default preset), a configuration (its default training), or both.
+    screen
+        As it was read; it is prepared for the model, on training cells.
+    split
+        Or the kind of one.
+    out
+        The run folder. A finished run of the same is loaded and not trained again.
+
+    Raises
+    ------
+    UserError
+        If the folder holds another run, or training diverges.
+    """
+    folder = Path(out)
+    recipe = _recipe(model)
+    split = split if isinstance(split, Split) else splits.make(split, screen)
+    network, prepared, record = _set_up(recipe, screen, split, options)
+    if (folder / RECORD).exists():
+        earlier = Record.read(folder)
+        _check_same(earlier, record, folder, split, screen)
+        if earlier.finished:
+            log.info("%s is finished already; it is used as it is", folder)
+            return Run.load(folder, screen=screen, device=resolve_device(options.device))
+    else:
+        split.write(folder / SPLIT)
+        write_spec(network.spec, folder)
+        record.write(folder)
+    began = time.monotonic()
+    steps = _optimize(network, prepared, split, folder=folder, training=recipe.train, options=options)
+    record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
+    record = save_run(folder, network, record)
+    return Run(folder=folder, model=network.eval(), record=record, split=split, screen=prepared)
+
+
+def learning_rate(step: int, training: Training) -> float:
+    """Learning rate of an update, counted from 0: a linear rise, then constant or a half cosine.
+
+    The cosine reaches ``final_lr`` at update ``steps``, which is one after the last.
+    """
+    if step < training.warmup:
+        return training.lr * (step + 1) / training.warmup
+    if training.schedule == "constant":
+        return training.lr
+    passed = (step - training.warmup) / max(1, training.steps - training.warmup)
+    return training.final_lr + (training.lr - training.final_lr) * (1 + math.cos(math.pi * passed)) / 2
+
+
+def _recipe(model: str | ModelConfig | Recipe) -> Recipe:
+    if isinstance(model, Recipe):
+        return model
+    if isinstance(model, str):
+        return models.recipe(model)
+    return Recipe(model=model, train=models.recipe(_name(model)).train)
+
+
+def _name(config: ModelConfig) -> str:
+    return type(config).__module__.rpartition(".")[2]
+
+
+def _set_up(
+    recipe: Recipe, screen: Screen, split: Split, options: Options
+) -> tuple[Model, Screen, Record]:
+    """Prepare the screen, build the model and fit its statistics, on training cells only.
+
+    A model without training steps chooses nothing on validation conditions and learns from them too.
+    """
+    learned = split.train if recipe.train.steps else (*split.train, *split.validation)
+    cells = screen.select((*learned, *screen.controls))
+    preparation = prepare.fit(
+        cells, units=model_class(recipe.model).units, genes=options.genes, total=options.total
+    )
+    for note in preparation.notes:
+        log.info(note)
+    prepared = prepare.apply(screen, preparation)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # noqa: TID251 (initialization draws from the global generator)
+        network = recipe.model.build(prepared.spec())
+    network.fit_statistics(prepared.select(cells.labels))
+    record = Record(
+        model=_name(recipe.model),
+        config=recipe.model,
+        train=recipe.train,
+        source=screen.source,
+        columns=screen.columns,
+        screen=screen.digest,
+        preparation=preparation,
+        versions=versions(),
+        device=resolve_device(options.device),
+    )
+    return network, prepared, record
+
+
+def _check_same(earlier: Record, record: Record, folder: Path, split: Split, screen: Screen) -> None:
+    """Refuse to continue or to reuse a run that was asked for differently."""
+    before, now = earlier.asked(), record.asked()
+    different = [key for key in now if before[key] != now[key]]
+    if "screen" not in different and splits.read(folder / SPLIT, screen) != split:
+        different.append("split")
+    if different:
+        raise UserError(
+            f"{folder} holds a run that differs from this one",
+            offenders=different,
+            expected="an empty folder, or the same command again to continue it",
+            mend="choose another --out, or remove the folder",
+        )
+
+
+@dataclass(eq=False)
+class _State:
+    """All that changes during training, and so all that resuming needs."""
+
+    model: Model
+    average: Model | None
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_score: float = math.inf
+    stale: int = 0
+
+    @property
+    def predictor(self) -> Model:
+        """The model that predictions come from."""
+        return self.average or self.model
+
+    def exhausted(self, training: Training) -> bool:
+        """Whether validation has not improved for too long."""
+        return bool(training.patience) and self.stale >= training.patience
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        numbers = {"step": self.step, "best_score": self.best_score, "stale": self.stale}
+        with written_aside(path) as aside:
+            safetensors.torch.save_file(tensors, aside, metadata={"numbers": json.dumps(numbers)})
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "best": {}, "optimizer": {}}
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                numbers = json.loads(file.metadata()["numbers"])
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    part, _, rest = name.partition(".")
+                    parts[part][rest] = file.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(
+                f"Cannot read the checkpoint {path} ({error})", mend="remove the run folder and train again"
+            ) from error
+        self.model.load_state_dict(parts["model"])
+        if self.average is not None:
+            self.average.load_state_dict(parts["average"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.best = parts["best"]
+        self.step, self.best_score, self.stale = numbers["step"], numbers["best_score"], numbers["stale"]
+
+
+def _optimize(
+    network: Model, screen: Screen, split: Split, *, folder: Path, training: Training, options: Options
+) -> int:
+    """Minimize the model's loss; leaves the chosen weights in ``network`` and returns the steps done."""
+    if not training.steps:
+        return 0
+    fabric = _fabric(folder, training, options)
+    network.to(fabric.device)
+    average = copy.deepcopy(network).requires_grad_(requires_grad=False) if training.ema else None
+    state = _State(network, average, _optimizer(network, training))
+    if (folder / CHECKPOINT).exists():
+        state.load(folder / CHECKPOINT)
+        log.info("Continuing %s at step %d of %d", folder, state.step, training.steps)
+    journal = _Journal(folder / LOG, state.step)
+    module, optimizer = fabric.setup(network, state.optimizer)
+    module.mark_forward_method("loss")
+    objective = torch.compile(module.loss) if training.compile else module.loss
+    sampler = _sampler(screen, network, split, training, fabric.device)
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        bar("training", total=training.steps, start=state.step, quiet=options.quiet) as advance,
+    ):
+        while state.step < training.steps and not state.exhausted(training):
+            # ---- one training step ------------------------------------------------------------
+            seed = _step_seed(training.seed, state.step)
+            torch.manual_seed(seed)  # noqa: TID251 (dropout knows no other generator)
+            rng = torch.Generator(fabric.device).manual_seed(seed)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, training)
+            losses = objective(sampler.batch(state.step), rng)
+            fabric.backward(losses["total"])
+            if training.clip:
+                fabric.clip_gradients(module, optimizer, max_norm=training.clip, error_if_nonfinite=False)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                _follow(average, network, min(training.ema, (1 + state.step) / (10 + state.step)))
+            state.step += 1
+            # -----------------------------------------------------------------------------------
+            text = ""
+            if _due(state.step, training.log_every) or state.step == training.steps:
+                values = {name: float(value.detach()) for name, value in losses.items()}
+                journal.write(state.step, lr=learning_rate(state.step - 1, training), **values)
+                fabric.log_dict(values, state.step)
+                text = f"loss {values['total']:.4f}"
+            if _due(state.step, training.validate_every) and split.validation:
+                journal.write(state.step, validation=_validate(state, screen, split.validation, training))
+            if _due(state.step, training.checkpoint_every):
+                state.save(folder / CHECKPOINT)
+            advance(text)
+    network.load_state_dict(state.best or state.predictor.state_dict())
+    return state.step
+
+
+def _fabric(folder: Path, training: Training, options: Options) -> Fabric:
+    return Fabric(
+        accelerator=resolve_device(options.device),
+        devices=1,
+        precision="bf16-mixed" if training.precision == "bf16" else "32-true",
+        loggers=[TensorBoardLogger(folder, name="tensorboard", version="")] if options.tensorboard else [],
+    )
+
+
+def _sampler(
+    screen: Screen, network: Model, split: Split, training: Training, device: torch.device
+) -> Sampler:
+    sampler = Sampler(
+        screen,
+        network.spec,
+        conditions=split.train,
+        sets=training.sets,
+        cells=training.cells,
+        seed=training.seed,
+        device=device,
+    )
+    for note in sampler.notes:
+        log.info(note)
+    return sampler
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _optimizer(network: Model, training: Training) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+    return kind(network.parameters(), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay)
+
+
+@torch.no_grad()
+def _follow(average: Model, network: Model, decay: float) -> None:
+    """Move the averaged weights towards the current ones."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+
+
+def _validate(state: _State, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
+    """Mean energy distance between generated and real cells of validation conditions; lower is better.
+
+    The weights are kept if they are the best so far.
+    """
+    distances = []
+    for label in labels[:VALIDATION_CONDITIONS]:
+        predicted = generate(
+            state.predictor, screen, [label], cells=training.validate_cells, seed=training.seed
+        )
+        drawn = torch.from_numpy(predicted.X[: training.validate_cells].toarray())
+        distances.append(float(energy_distance(drawn, torch.from_numpy(screen.cells_of(label)))))
+    state.model.train()
+    score = float(np.mean(distances))
+    state.stale += 1
+    if score < state.best_score:
+        state.best_score, state.stale = score, 0
+        state.best = {name: tensor.clone() for name, tensor in state.predictor.state_dict().items()}
+    return score
+
+
+class _Journal:
+    """``log.jsonl``: one line for each logged step, none of a step that will be done again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Drop what an earlier process logged after the step that training continues from."""
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, **values: float) -> None:
+        """Append a line.
+
+        Raises
+        ------
+        UserError
+            If a value is not finite.
+        """
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            raise UserError(
+                f"Training diverged at step {step}: not a finite number",
+                offenders=wrong,
+                mend="lower --train.lr, or bound the gradient with --train.clip",
+            )
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,0 +1,75 @@
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from knockon.files import from_plain, read_json, write_json, written_aside
+from knockon.types import UserError
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    names: tuple[str, ...] = ("a", "b")
+    pair: tuple[float, float] = (0.9, 1.0)
+    kind: Literal["x", "y"] = "x"
+    limit: int | None = None
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def test_a_dataclass_survives_json(tmp_path: Path) -> None:
+    value = Outer(limit=3, notes={"k": "v"})
+    write_json(tmp_path / "a.json", dataclasses.asdict(value))
+    assert from_plain(Outer, read_json(tmp_path / "a.json"), where="a.json") == value
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"kind": "z"}, "kind"),
+        ({"inner": {"rate": "fast"}}, "rate"),
+        ({"inner": {"rate": 1.0, "more": 2}}, "more"),
+        ({"surprise": 1}, "surprise"),
+        ({"names": "ab"}, "names"),
+        ({"pair": [1.0]}, "pair"),
+        ({"limit": True}, "limit"),
+    ],
+)
+def test_an_edited_file_is_refused_by_name(change: dict, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        from_plain(Outer, dataclasses.asdict(Outer()) | change, where="a.json")
+
+
+def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), written_aside(tmp_path / "a.txt") as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_message(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("before")
+    with pytest.raises(UserError, match="No space left"), written_aside(target):
+        raise OSError(28, "No space left on device")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_an_unwritable_place_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write"):
+        write_json(tmp_path / "file" / "a.json", {})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+def test_bad_json_is_a_message(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="JSON"):
+        read_json(tmp_path / "a.json")

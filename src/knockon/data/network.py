@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import expit
 
 ROUNDS = 40
@@ -56,7 +56,7 @@ class Network:
 
     interaction: float
     base: Float[np.ndarray, "genes"]
-    """Log of the share of a library that is this gene; sums to 1 over the panel."""
+    """Log of a gene's share of the panel in the average untreated cell; the shares sum to 1."""
     types: Float[np.ndarray, "types genes"]
     """Log-scale difference of each cell type from ``base``."""
     type_drive: Float[np.ndarray, "types programs"]
@@ -77,6 +77,11 @@ class Network:
     """Regulators x genes: log fold change of a gene for each log unit of the regulator."""
     reach: Float[np.ndarray, "genes"]
     """Largest log fold change that regulation can give a gene."""
+
+    @property
+    def active(self) -> Bool[np.ndarray, "regulators"]:
+        """Regulators that act on anything but themselves."""
+        return np.asarray(self.inputs.any((0, 2)))
 
     def respond(
         self, first: Float[np.ndarray, "cells programs"], second: Float[np.ndarray, "cells programs"]
@@ -109,14 +114,14 @@ class Network:
             activity += DAMPING * (goal - activity)
         return push + activity @ self.feedback, activity
 
-    def log_shares(
+    def log_abundance(
         self,
         push: Float[np.ndarray, "cells regulators"],
         state: Float[np.ndarray, "cells states"],
         phase: Float[np.ndarray, "cells"],
         cell_type: Int[np.ndarray, "cells"],
     ) -> Float[np.ndarray, "cells genes"]:
-        """Log of the share of each gene in the RNA of each cell, at steady state.
+        """Log of the abundance of each gene in each cell at steady state, as in ``base``.
 
         Parameters
         ----------
@@ -146,8 +151,8 @@ def draw_network(shape: Shape, rng: np.random.Generator) -> Network:
     silent = rng.permutation(shape.perturbed)[: round(shape.null_share * shape.perturbed)]
     potency[silent] = 0.0
     base = rng.normal(0.0, shape.abundance_spread, shape.genes)
-    # Perturbed genes are neither absent nor dominant, or their own change could not be seen.
-    base[: shape.regulators] *= 0.4
+    # Perturbed genes are well seen and not dominant, so that their own change shows.
+    base[: shape.regulators] = 0.3 * base[: shape.regulators] + 1.5
     base -= np.log(np.exp(base).sum())
     inputs = _inputs(shape, potency, rng)
     threshold = rng.uniform(-1.6, 1.6, shape.programs)
@@ -180,11 +185,11 @@ def _sparse_normal(
 def _inputs(
     shape: Shape, potency: Float[np.ndarray, "regulators"], rng: np.random.Generator
 ) -> Float[np.ndarray, "2 regulators programs"]:
-    """Each regulator acts on one to three programs, mostly upwards; on one side of a gate."""
+    """Each regulator acts on two to four programs, mostly upwards; on one side of a gate."""
     inputs = np.zeros((2, shape.regulators, shape.programs))
     gated = rng.random(shape.programs) < shape.gate_share
     for regulator in range(shape.regulators):
-        size = min(int(rng.integers(1, 4)), shape.programs)
+        size = min(int(rng.integers(2, 5)), shape.programs)
         chosen = rng.choice(shape.programs, size, replace=False)
         side = np.where(gated[chosen], rng.integers(0, 2, size), 0)
         sign = np.where(rng.random(size) < 0.7, 1.0, -1.0)
@@ -213,7 +218,7 @@ def _types(shape: Shape, rng: np.random.Generator) -> Float[np.ndarray, "types g
 
 
 def _states(shape: Shape, rng: np.random.Generator) -> Float[np.ndarray, "features genes"]:
-    """Loadings of three state axes on a fifth of the genes each, and of the cycle on a tenth."""
+    """Three state axes move a fifth of the genes each, and the cycle a tenth."""
     axes = _sparse_normal((STATES, shape.genes), 0.2, shape.state_spread, rng)
     # Two groups of cycle genes with opposite peaks, as in S and G2/M phase.
     peak = rng.choice([0.0, 0.8 * np.pi], shape.genes) + rng.normal(0.0, 0.3, shape.genes)

@@ -20,17 +20,19 @@ PERTURBATION_COLUMNS = ("perturbation", "condition", "target_gene", "guide_merge
 CONTROL_COLUMNS = ("control", "is_control")
 CONTEXT_COLUMNS = ("cell_type", "celltype", "cell_line")
 DOSE_COLUMNS = ("dose_val", "dose_value", "dosage", "dose")
-CONTROL_NAMES = frozenset(
-    "control controls ctrl ctr non-targeting non_targeting nontargeting non-target nt ntc negctrl neg_ctrl "
-    "negative_control no-target no_target scramble scrambled safe-targeting dmso dmso_tf vehicle mock pbs "
-    "unperturbed untreated unstimulated".split()
-)
 MICROMOLAR = {"nM": 1e-3, "uM": 1.0, "µM": 1.0, "μM": 1.0, "mM": 1e3, "M": 1e6}
 
+_CONTROL = re.compile(
+    r"controls?|ctrl|ctr|non.?target(ing)?|no.?target|safe.?targeting|ntc?|neg(ative)?.?(ctrl|control)\d*"
+    r"|scrambled?|dmso(.tf)?|vehicle|mock|pbs|unperturbed|untreated|unstimulated",
+    re.IGNORECASE,
+)
 _PLUS = re.compile(r"(?<!\()\+(?!\))")  # the plus of "(+)-JQ1" joins nothing
 _DOSE = re.compile(r"(?P<name>.+)@(?P<dose>\d*\.?\d+(?:[eE]-?\d+)?)\s*(?P<unit>[A-Za-zµμ%/]*)")
 _AMOUNT = re.compile(r"(?P<dose>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(?P<unit>[A-Za-zµμ%/]*)")
-_TUPLE = re.compile(r"\(\s*['\"](?P<name>.+?)['\"]\s*,\s*(?P<dose>[\d.eE-]+)\s*,\s*['\"](?P<unit>.*?)['\"]\s*\)")
+_TUPLE = re.compile(
+    r"\(\s*['\"](?P<name>.+?)['\"]\s*,\s*(?P<dose>[\d.eE-]+)\s*,\s*['\"](?P<unit>.*?)['\"]\s*\)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def _round(dose: float) -> float:
 
 def is_control_name(name: str) -> bool:
     """Whether a name conventionally means no perturbation."""
-    return name.lower() in CONTROL_NAMES
+    return _CONTROL.fullmatch(name) is not None
 
 
 def parse(text: str, *, known: Collection[str] = (), control: str | None = None) -> Label:

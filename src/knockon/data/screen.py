@@ -5,18 +5,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self, cast
 
 import numpy as np
-import scipy.sparse as sp
+import pandas as pd
+from anndata import AnnData
 from jaxtyping import Float, Int
 
 from knockon.data.conventions import Columns, Design, recognize
-from knockon.data.values import Scale, scale
+from knockon.data.store import Stored, choose_layer, load
+from knockon.data.values import Matrix, OnDisk, Scale, blocks, compressed, scale
 from knockon.types import Covariate, Label, Spec, Units, UserError
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +28,7 @@ class Screen:
     Parameters
     ----------
     matrix
-        Cells x genes, all cells of the file.
+        Cells x genes, all cells of the file; in memory or on disk, indexed by rows alike.
     genes, cells
         Names; genes are unique.
     rows
@@ -52,7 +51,7 @@ class Screen:
         How the file writes each combination, by which the published additive split is ordered.
     """
 
-    matrix: sp.csr_matrix
+    matrix: Matrix
     genes: tuple[str, ...]
     cells: Sequence[str]
     rows: Mapping[Label, Int[np.ndarray, "cells"]]
@@ -114,13 +113,16 @@ class Screen:
 
     def means(self) -> dict[Label, Float[np.ndarray, "genes"]]:
         """Mean over the cells of each condition, in the screen's units, as float64."""
-        return {
-            label: np.asarray(self.matrix[rows].mean(axis=0, dtype=np.float64)).ravel()
-            for label, rows in self.rows.items()
-        }
+        return {label: self._mean(rows) for label, rows in self.rows.items()}
+
+    def _mean(self, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "genes"]:
+        total = np.zeros(len(self.genes))
+        for block in blocks(self.matrix, rows):
+            total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
+        return total / len(rows)
 
     def spec(self, vectors: Mapping[str, Float[np.ndarray, "width"]] | None = None) -> Spec:
-        """What a model may know of this screen: names and units of the whole file, no values.
+        """Tell a model what it may know of this screen: names and units of the whole file, no values.
 
         Parameters
         ----------
@@ -147,7 +149,7 @@ class Screen:
         )
 
     @classmethod
-    def read(
+    def read(  # noqa: PLR0913 - one for each option of the command line
         cls,
         path: str | Path,
         *,
@@ -158,7 +160,7 @@ class Screen:
         layer: str | None = None,
         units: Units | None = None,
         backed: bool = False,
-    ) -> Self:
+    ) -> "Screen":
         """Read ``.h5ad`` or ``.zarr``; what is not told is recognized and noted.
 
         Parameters
@@ -183,10 +185,16 @@ class Screen:
             layer=layer,
             units=units,
         )
-        return cls.from_anndata(_open(Path(path), backed=backed), columns=columns, source=str(path))
+        return read(path, columns, backed=backed)
 
     @classmethod
-    def from_anndata(cls, adata: "AnnData", *, columns: Columns = Columns(), source: str = "") -> Self:
+    def from_anndata(
+        cls,
+        adata: AnnData,
+        *,
+        columns: Columns = Columns(),  # noqa: B008 - frozen
+        source: str = "",
+    ) -> "Screen":
         """Make a screen of cells in memory or on disk.
 
         Raises
@@ -195,67 +203,44 @@ class Screen:
             If genes are not unique, a layer or a column is missing, there is no control, or the
             values are neither counts nor ``log1p``.
         """
-        genes = tuple(adata.var_names.astype(str))
-        _refuse_duplicates(genes)
-        design = recognize(adata.obs, genes, columns)
-        matrix = _matrix(adata, columns.layer)
-        judged = scale(matrix, columns.units)
-        order = np.argsort(design.codes, kind="stable")
-        starts = np.searchsorted(design.codes[order], np.arange(len(design.labels) + 1))
-        rows = {
-            label: order[start:stop]
-            for label, start, stop in zip(design.labels, starts[:-1], starts[1:], strict=True)
-        }
-        cells = tuple(adata.obs_names.astype(str))
-        return cls(
-            matrix=matrix,
-            genes=genes,
-            cells=cells,
-            rows=rows,
-            covariates=design.covariates,
-            units=judged.units,
-            total=judged.total,
-            dose_unit=design.dose_unit,
-            digest=_digest(genes, cells, design),
-            source=source,
-            notes=(*design.notes, *_notes(rows, judged, columns)),
-            vocabulary=design.labels,
-            spellings=design.spellings,
+        choose_layer(columns.layer, list(adata.layers), has_x=adata.X is not None)
+        values = adata.X if columns.layer is None else adata.layers[columns.layer]
+        stored = Stored(
+            obs=cast(pd.DataFrame, adata.obs),
+            genes=tuple(adata.var_names.astype(str)),
+            values=OnDisk(data=values) if adata.isbacked and columns.layer is None else compressed(values),
         )
+        return _assemble(stored, columns, source)
 
 
-def _open(path: Path, *, backed: bool) -> "AnnData":
-    """Open a file; the one place where anndata reads."""
-    import anndata  # noqa: PLC0415 - half a second that --help need not wait for
-
-    if not path.exists():
-        raise UserError("No such file", offenders=[path], expected="an .h5ad or .zarr screen")
-    try:
-        if path.suffix == ".zarr" or path.is_dir():
-            return anndata.read_zarr(path)
-        return anndata.read_h5ad(path, backed="r" if backed else None)
-    except (OSError, KeyError, ValueError, TypeError, anndata.AnnDataReadError) as error:
-        raise UserError(
-            f"Cannot read {path} ({str(error).splitlines()[0]})",
-            expected="a whole .h5ad or .zarr file",
-            mend="download or write it again",
-        ) from error
+def read(path: str | Path, columns: Columns = Columns(), *, backed: bool = False) -> Screen:  # noqa: B008 - frozen
+    """Read ``.h5ad`` or ``.zarr``; like ``Screen.read``, with all columns in one piece."""
+    return _assemble(load(Path(path), layer=columns.layer, backed=backed), columns, str(path))
 
 
-def _matrix(adata: "AnnData", layer: str | None) -> sp.csr_matrix:
-    if layer is not None and layer not in adata.layers:
-        raise UserError(
-            "Missing layer",
-            offenders=[layer],
-            expected=f"one of {', '.join(adata.layers) or 'none: the file has only X'}",
-            mend="--layer NAME, or nothing for X",
-        )
-    values = adata.X if layer is None else adata.layers[layer]
-    if values is None:
-        raise UserError("The file has no X", expected=f"a layer: {', '.join(adata.layers)}", mend="--layer NAME")
-    matrix = sp.csr_matrix(values, dtype=np.float32)
-    matrix.sum_duplicates()
-    return matrix
+def _assemble(stored: Stored, columns: Columns, source: str) -> Screen:
+    _refuse_duplicates(stored.genes)
+    design = recognize(stored.obs, stored.genes, columns)
+    judged = scale(stored.values, columns.units)
+    order = np.argsort(design.codes, kind="stable")
+    ends = np.cumsum(np.bincount(design.codes, minlength=len(design.labels)))
+    rows = dict(zip(design.labels, np.split(order, ends[:-1]), strict=True))
+    cells = tuple(stored.obs.index.astype(str))
+    return Screen(
+        matrix=stored.values,
+        genes=stored.genes,
+        cells=cells,
+        rows=rows,
+        covariates=design.covariates,
+        units=judged.units,
+        total=judged.total,
+        dose_unit=design.dose_unit,
+        digest=_digest(stored.genes, cells, design),
+        source=source,
+        notes=(*design.notes, *_notes(rows, judged, columns)),
+        vocabulary=design.labels,
+        spellings=design.spellings,
+    )
 
 
 def _refuse_duplicates(genes: Sequence[str]) -> None:

@@ -60,7 +60,10 @@ class Split:
     def _plain(self, label: Label) -> str | dict[str, str]:
         if not self.covariates:
             return label.perturbation
-        return {"perturbation": label.perturbation, **dict(zip(self.covariates, label.covariates, strict=True))}
+        return {
+            "perturbation": label.perturbation,
+            **dict(zip(self.covariates, label.covariates, strict=True)),
+        }
 
 
 def read(path: str | Path, screen: Screen) -> Split:
@@ -167,9 +170,7 @@ def _matches(label: Label, screen: Screen) -> list[Label]:
 # Making
 
 
-def additive(
-    screen: Screen, *, seed: int = 42, fraction: float = 0.3, validation: float = 0.1
-) -> Split:
+def additive(screen: Screen, *, seed: int = 42, fraction: float = 0.3, validation: float = 0.1) -> Split:
     """Hold out combinations, by the published algorithm; fold f of [scdfm, section 2] has seed 42 + f.
 
     Only combinations whose single perturbations are all measured are held out, so that the additive
@@ -229,9 +230,7 @@ def unseen(
     return _assemble(screen, kind="unseen", seed=seed, test=test, validation=carved, heldout=held)
 
 
-def context(
-    screen: Screen, *, seed: int = 42, validation: float = 0.1, holdout: Sequence[str] = ()
-) -> Split:
+def context(screen: Screen, *, seed: int = 42, validation: float = 0.1, holdout: Sequence[str] = ()) -> Split:
     """Hold out all perturbed cells of a level of the first covariate, such as a cell type.
 
     Its controls stay: a prediction starts from them.
@@ -322,13 +321,13 @@ def make(
 
 
 def part(split: Split, screen: Screen, name: Part) -> Screen:
-    """The conditions of one part, with all controls; nothing else can be reached through it."""
+    """Select the conditions of one part, with all controls; nothing else can be reached through it."""
     _same_screen(split.digest, screen)
     return screen.select((*getattr(split, name), *screen.controls))
 
 
 def training(split: Split, screen: Screen) -> Screen:
-    """What a model may be fitted to: the training conditions and all controls."""
+    """Select what a model may be fitted to: the training conditions and all controls."""
     return part(split, screen, "train")
 
 
@@ -339,7 +338,7 @@ def seen(split: Split, label: Label) -> int:
 
 
 def singles(label: Label) -> list[Label]:
-    """The parts of a combination, each alone at its dose in the same context."""
+    """Take a combination apart: each perturbation alone, at its dose and in the same context."""
     return [
         Label((name,), (dose,), label.covariates)
         for name, dose in zip(label.perturbations, label.doses, strict=True)
@@ -359,7 +358,7 @@ def additive_test(combinations: Sequence[str], *, seed: int, fraction: float = 0
         Of the combinations, rounded down.
     """
     names = np.unique(np.asarray(combinations, dtype=object).astype(str))
-    np.random.RandomState(seed).shuffle(names)  # noqa: NPY002 - the published lists come from this generator
+    np.random.RandomState(seed).shuffle(names)  # the published lists come from this old generator
     return names[: _share(fraction, len(names))].tolist()
 
 

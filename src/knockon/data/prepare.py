@@ -1,0 +1,141 @@
+"""Preparation of a screen for a model: units and genes, fitted on training cells only."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Int
+
+from knockon.data.screen import Screen
+from knockon.data.values import OnDisk, blocks, log1p
+from knockon.types import Units, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is done to a screen before a model sees it; plain values, so that a run can keep it.
+
+    Parameters
+    ----------
+    units
+        Of the result.
+    total
+        Sum that counts are normalized to before ``log1p``; None where nothing is normalized.
+    genes
+        Names that are kept, in the order of the file; None keeps all.
+    """
+
+    units: Units
+    total: float | None = None
+    genes: tuple[str, ...] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is done, one line each."""
+        scaled = [f"counts are normalized to {self.total:g} per cell, then log1p"] if self.total else []
+        kept = [f"{len(self.genes)} genes are kept"] if self.genes is not None else []
+        return (*scaled, *kept)
+
+
+def fit(
+    train: Screen,
+    *,
+    units: Units,
+    genes: int | None = None,
+    total: float | Literal["median"] | None = None,
+    keep: Collection[str] | None = None,
+) -> Preparation:
+    """Learn a preparation from training cells, controls included; no other cell has an influence.
+
+    Parameters
+    ----------
+    train
+        Training conditions and controls, as the file has them.
+    units
+        What the model reads. Counts become ``log1p``; the reverse is refused.
+    genes
+        How many variable genes to choose (scanpy's ``seurat`` flavor on ``log1p``); None keeps all.
+    total
+        Sum that counts are normalized to; the median of training cells by default.
+    keep
+        Names that are kept besides, as far as they are genes of the panel; by default all
+        perturbations of the screen.
+    """
+    if units == "counts" and train.units == "log1p":
+        raise UserError(
+            "The screen holds log1p values",
+            expected="counts, which this model needs",
+            mend="choose a layer with counts: --layer counts",
+        )
+    if total is not None and train.units == "log1p":
+        raise UserError(
+            "The values are log1p already", expected="counts to normalize", mend="leave out --total"
+        )
+    normalize = units == "log1p" and train.units == "counts"
+    target = (_median(train) if total in (None, "median") else float(total)) if normalize else None
+    if genes is None or genes >= len(train.genes):
+        return Preparation(units=units, total=target)
+    scale = None if train.units == "log1p" else target or _median(train)
+    forced = set(keep) if keep is not None else {n for label in train.vocabulary for n in label.perturbations}
+    chosen = forced | _variable(train, scale, genes)
+    return Preparation(units=units, total=target, genes=tuple(g for g in train.genes if g in chosen))
+
+
+def apply(screen: Screen, preparation: Preparation) -> Screen:
+    """Prepare all cells of a screen; its conditions, digest and names stay.
+
+    Raises
+    ------
+    UserError
+        If the screen lacks a gene, or its values cannot be brought to the units.
+    """
+    if preparation.units != screen.units and preparation.total is None:
+        raise UserError(
+            f"The screen holds {screen.units}",
+            expected=preparation.units,
+            mend="choose another layer with --layer",
+        )
+    matrix, total, genes = screen.matrix, screen.total, screen.genes
+    if preparation.total is not None and screen.units == "counts":
+        total = preparation.total
+        matrix = matrix.normalized(total) if isinstance(matrix, OnDisk) else log1p(matrix, total)
+    if preparation.genes is not None:
+        places, genes = _places(screen, preparation.genes), preparation.genes
+        matrix = matrix.panel(places) if isinstance(matrix, OnDisk) else matrix[:, places]
+    return replace(screen, matrix=matrix, genes=genes, units=preparation.units, total=total)
+
+
+def _median(train: Screen) -> float:
+    """Median total of training cells that have counts."""
+    sums = np.concatenate([np.asarray(block.sum(axis=1)).ravel() for block in _cells(train)])
+    return float(np.median(sums[sums > 0]))
+
+
+def _cells(train: Screen) -> Iterator[sp.csr_matrix]:
+    return blocks(train.matrix, np.sort(np.concatenate(list(train.rows.values()))))
+
+
+def _variable(train: Screen, total: float | None, count: int) -> set[str]:
+    """Most variable genes of training cells, by scanpy's ``seurat`` flavor on ``log1p``."""
+    import anndata  # noqa: PLC0415 - scanpy takes seconds to import, and few commands need it
+    import scanpy  # noqa: PLC0415
+
+    chunks = [block if total is None else log1p(block, total) for block in _cells(train)]
+    adata = anndata.AnnData(sp.vstack(chunks, format="csr"), var={"gene": list(train.genes)})
+    table = scanpy.pp.highly_variable_genes(adata, flavor="seurat", n_top_genes=count, inplace=False)
+    return {gene for gene, chosen in zip(train.genes, table["highly_variable"], strict=True) if chosen}
+
+
+def _places(screen: Screen, genes: Sequence[str]) -> Int[np.ndarray, "genes"]:
+    place = {gene: i for i, gene in enumerate(screen.genes)}
+    missing = [gene for gene in genes if gene not in place]
+    if missing:
+        raise UserError(
+            "The screen lacks genes of the panel",
+            offenders=missing,
+            expected=f"the {len(genes)} genes that the run was trained on",
+            mend="give a screen with these genes",
+        )
+    return np.array([place[gene] for gene in genes], dtype=np.int64)

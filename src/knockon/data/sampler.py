@@ -1,0 +1,136 @@
+"""Training batches without end: which conditions and which cells depend on the seed and the step only."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from knockon.data.screen import Screen
+from knockon.types import CellSets, Label, Spec, UserError
+
+Gather = Callable[[Int[np.ndarray, "rows"]], Float[Tensor, "rows genes"]]
+"""Gives the dense values of some rows, on the device."""
+
+
+class Sampler:
+    """Draws sets of perturbed cells, each with control cells of its own context.
+
+    A batch costs as much as its own cells, however many the screen has. There is no state: whoever
+    resumes at a step gets the batch that the step would have had.
+
+    Parameters
+    ----------
+    screen
+        Prepared; it may hold more conditions than are drawn from.
+    spec
+        Gives the codes of the conditions.
+    conditions
+        To draw from, uniformly; perturbed ones.
+    sets, cells
+        Size of a batch.
+    seed
+        Of the whole sequence.
+    device
+        Where batches are made; a screen in memory is copied there once, as it is stored.
+    replace
+        Draw cells with replacement [scdfm, section 1.6]; otherwise only where a condition has fewer
+        cells than a set.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is one independent choice
+        self,
+        screen: Screen,
+        spec: Spec,
+        *,
+        conditions: Sequence[Label],
+        sets: int,
+        cells: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        replace: bool = False,
+    ) -> None:
+        missing = [label for label in conditions if label not in screen.rows]
+        if missing or not conditions:
+            raise UserError(
+                "Conditions without cells", offenders=missing, expected="conditions of the screen"
+            )
+        self.sets, self.cells, self.seed, self.replace = sets, cells, seed, replace
+        self._codes = spec.encode(conditions).to(device)
+        self._targets = [screen.rows[label] for label in conditions]
+        self._controls = [screen.control_rows(label) for label in conditions]
+        self._gather = resident(screen, device)
+        self._device = torch.device(device)
+        self.notes = _notes(screen, conditions)
+
+    def batch(self, step: int) -> CellSets:
+        """Draw the batch of a step, counted from 0."""
+        rng = np.random.default_rng((self.seed, step))
+        chosen = rng.integers(len(self._targets), size=self.sets)
+        target = np.concatenate([self._draw(self._targets[i], rng) for i in chosen])
+        control = np.concatenate([self._draw(self._controls[i], rng) for i in chosen])
+        shape = (self.sets, self.cells, -1)
+        return CellSets(
+            target=self._gather(target).view(shape),
+            control=self._gather(control).view(shape),
+            condition=self._codes[_to_device(chosen, self._device)],
+        )
+
+    def _draw(self, rows: Int[np.ndarray, "pool"], rng: np.random.Generator) -> Int[np.ndarray, "cells"]:
+        if self.replace or len(rows) < self.cells:
+            return rows[rng.integers(len(rows), size=self.cells)]
+        return rows[_distinct(len(rows), self.cells, rng)]
+
+
+def _distinct(pool: int, count: int, rng: np.random.Generator) -> Int[np.ndarray, "count"]:
+    """Distinct numbers below ``pool`` in random order, at a cost that depends on ``count`` only."""
+    if pool <= 4 * count:
+        return rng.permutation(pool)[:count]
+    drawn: dict[int, None] = {}
+    while len(drawn) < count:
+        drawn |= dict.fromkeys(rng.integers(pool, size=count - len(drawn)).tolist())
+    return np.fromiter(drawn, dtype=np.int64, count=count)
+
+
+def resident(screen: Screen, device: torch.device | str) -> Gather:
+    """Make a function that gathers rows of a screen on a device.
+
+    Values in memory are copied to the device once, sparse as they are, and never leave it again;
+    values on disk are read when they are asked for.
+    """
+    if not isinstance(screen.matrix, sp.csr_matrix):
+        return lambda rows: torch.from_numpy(screen.gather(rows)).to(device)
+    width = len(screen.genes)
+    ends = screen.matrix.indptr.astype(np.int64)
+    indices = torch.from_numpy(screen.matrix.indices).to(device)
+    data = torch.from_numpy(screen.matrix.data).to(device)
+
+    def gather(rows: Int[np.ndarray, "rows"]) -> Float[Tensor, "rows genes"]:
+        counts = ends[rows + 1] - ends[rows]
+        stop = np.cumsum(counts)
+        # The host knows all sizes, so that the device never has to be asked for one.
+        layout = np.stack([counts, ends[rows] - (stop - counts), np.arange(len(rows)) * width])
+        counts_, first, base = _to_device(layout, indices.device)
+        both = torch.stack([first, base], dim=1)
+        spread = both.repeat_interleave(counts_, dim=0, output_size=int(stop[-1]))
+        source = torch.arange(len(spread), device=indices.device) + spread[:, 0]
+        dense = data.new_zeros(len(rows) * width)
+        return dense.scatter_(0, spread[:, 1] + indices[source], data[source]).view(len(rows), width)
+
+    return gather
+
+
+def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _notes(screen: Screen, conditions: Sequence[Label]) -> tuple[str, ...]:
+    """Say where controls of another context stand in."""
+    lacking = sorted({label.covariates for label in conditions if label.control() not in screen.rows})
+    return tuple(
+        f"no control cells in {' | '.join(levels)}: the control cells of all contexts stand in"
+        for levels in lacking
+    )

@@ -1,0 +1,128 @@
+"""The files that screens lie in: ``.h5ad`` and ``.zarr``, of which only what is needed is read."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+from anndata.io import read_elem, sparse_dataset
+
+from knockon.data.values import BLOCK, Matrix, OnDisk, compressed
+from knockon.types import UserError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stored:
+    """What a screen needs of a file.
+
+    Parameters
+    ----------
+    obs
+        One row for each cell, with its name as index.
+    genes
+        Names.
+    values
+        ``X`` or a layer.
+    """
+
+    obs: pd.DataFrame
+    genes: tuple[str, ...]
+    values: Matrix
+
+
+def load(path: Path, *, layer: str | None = None, backed: bool = False) -> Stored:
+    """Read the tables and one matrix of a file; other layers and embeddings are left alone.
+
+    Parameters
+    ----------
+    path
+        A file ending in ``.h5ad``, or a folder ending in ``.zarr``.
+    layer
+        Instead of ``X``.
+    backed
+        Leave the matrix on disk.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged or something else, or lacks the layer.
+    """
+    store = _open(path)
+    try:
+        obs, var = cast(pd.DataFrame, read_elem(store["obs"])), cast(pd.DataFrame, read_elem(store["var"]))
+        layers = list(store["layers"]) if "layers" in store else []
+    except Exception as error:  # damage shows itself as an error of any kind
+        raise _unreadable(path, error) from error
+    choose_layer(layer, layers, has_x="X" in store)
+    element = store["X"] if layer is None else store[f"layers/{layer}"]
+    try:
+        values = _lazy(element, path) if backed else _memory(element)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _unreadable(path, error) from error
+    return Stored(obs=obs, genes=tuple(var.index.astype(str)), values=values)
+
+
+def choose_layer(layer: str | None, layers: Collection[str], *, has_x: bool) -> None:
+    """Refuse a layer that is not there, or ``X`` where it is missing."""
+    if layer is not None and layer not in layers:
+        raise UserError(
+            "Missing layer",
+            offenders=[layer],
+            expected=f"one of {', '.join(layers) or 'none: the file has only X'}",
+            mend="--layer NAME, or nothing for X",
+        )
+    if layer is None and not has_x:
+        raise UserError("The file has no X", expected=f"a layer of {', '.join(layers)}", mend="--layer NAME")
+
+
+def _open(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(
+            "No such file", offenders=[path], expected="a screen in .h5ad or .zarr", mend="check the path"
+        )
+    try:
+        return zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path, "r")
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return UserError(
+        f"Cannot read {path} ({reason})",
+        expected="a whole .h5ad or .zarr file, as anndata writes it",
+        mend="download or write it again",
+    )
+
+
+def _lazy(element: Any, path: Path) -> OnDisk:
+    if isinstance(element, h5py.Dataset | zarr.Array):
+        return OnDisk(data=element)
+    data = sparse_dataset(element)
+    if data.format != "csr":
+        raise UserError(
+            f"{path} stores genes together, so that a few cells cannot be read from disk",
+            expected="a matrix in CSR format for reading with backed",
+            mend="leave out backed, or write it again: adata.X = adata.X.tocsr()",
+        )
+    return OnDisk(data=data)
+
+
+def _memory(element: Any) -> sp.csr_matrix:
+    """Sparse float32; a dense matrix is never whole in memory."""
+    if not isinstance(element, h5py.Dataset | zarr.Array):
+        return compressed(read_elem(element))
+    starts = range(0, element.shape[0], BLOCK)
+    parts = [compressed(np.asarray(element[start : start + BLOCK])) for start in starts]
+    return (
+        compressed(sp.vstack(parts, format="csr"))
+        if parts
+        else sp.csr_matrix(element.shape, dtype=np.float32)
+    )

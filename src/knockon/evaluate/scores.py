@@ -1,0 +1,202 @@
+"""Anchors, without which no score can be read: the floor, the best simple baseline and the ceiling."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from jaxtyping import Float
+
+from knockon import models
+from knockon.data.screen import Screen
+from knockon.data.splits import Split
+from knockon.evaluate.metrics import METRICS, Metric
+from knockon.evaluate.pairs import Pairs, Truth, mean, num_cells
+from knockon.evaluate.suites import Suite, score
+from knockon.predict import Refusal, generate
+
+FLOOR, CEILING = "no_effect", "ceiling"
+BASELINES = (FLOOR, "mean_shift", "additive")
+"""Simple baselines, the best of which is where calibrated scores begin."""
+DRAWS = 2000
+"""Bootstrap samples of an interval."""
+SUMMARY = "model", "metric", "mean", "low", "high", "floor", "ceiling", "calibrated"
+"""Columns of a summary."""
+HALVINGS = 5
+"""Random halvings that a ceiling is the mean of."""
+
+
+def evaluate(
+    prediction: AnnData | str | Path,
+    screen: Screen,
+    split: Split,
+    *,
+    suite: Suite | str = "core",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score predicted cells, and beside them the anchors by which to read their scores.
+
+    Parameters
+    ----------
+    prediction
+        See ``Pairs.align``. It is called by its model where that is told and no anchor,
+        else ``prediction``.
+    split
+        Its test conditions are scored.
+    seed
+        Of the baselines' cells and of the halves of the ceiling.
+
+    Returns
+    -------
+    DataFrame
+        Long, with the columns ``model, condition, metric, value``; ``summarize`` makes it short.
+    """
+    pairs = Pairs.of(prediction, screen, split)
+    name = pairs.model if pairs.model not in (*BASELINES, CEILING) else "prediction"
+    scores = score(pairs, suite).assign(model=name)
+    return _ordered(scores, anchors(pairs.truth, split, suite, seed=seed))
+
+
+def anchors(
+    truth: Truth, split: Split, suite: Suite | str = "core", *, cells: int = 256, seed: int = 0
+) -> pd.DataFrame:
+    """Score the simple baselines, fitted on everything but test conditions, and the ceiling.
+
+    A baseline that has no basis for some test condition is left out.
+
+    Returns
+    -------
+    DataFrame
+        Long, with the columns ``model, condition, metric, value``.
+    """
+    screen, tables = truth.screen, []
+    train = screen.select((*split.train, *split.validation, *screen.controls))
+    for name in BASELINES:
+        model = models.recipe(name).model.build(screen.spec())
+        model.fit_statistics(train)
+        try:
+            predicted = generate(model, screen, truth.labels, cells=cells, seed=seed)
+        except Refusal:
+            continue
+        tables.append(score(Pairs.align(predicted, truth, units=model.units), suite).assign(model=name))
+    return _ordered(*tables, ceiling(truth, suite, seed=seed).assign(model=CEILING))
+
+
+def ceiling(truth: Truth, suite: Suite | str = "core", *, seed: int = 0) -> pd.DataFrame:
+    """Score a replicate: what a second experiment of the same size would reach as a prediction.
+
+    The real cells of each condition are halved at random; one half predicts the other, which also takes
+    its place among the candidates. Halves are noisier than the whole conditions that predictions are
+    scored against, so the mean score over halvings is carried over to whole conditions by how noise enters
+    the metric: squared errors are halved, absolute errors divided by the root of 2, correlations r become
+    2r / (1 + r) [spearman1910, brown1910]. Discrimination stays, and is a little too low.
+
+    Returns
+    -------
+    DataFrame
+        Long, with the columns ``condition, metric, value``; without conditions of one cell.
+    """
+    truth = truth.select(
+        label for label, cells in zip(truth.labels, truth.cells, strict=True) if num_cells(cells) > 1
+    )
+    if not truth.labels:
+        return pd.DataFrame({"condition": [], "metric": [], "value": []})
+    rng = np.random.default_rng(seed)
+    halves = pd.concat([score(_halved(truth, rng), suite) for _ in range(HALVINGS)])
+    means = halves.groupby(["condition", "metric"], sort=False)["value"].mean().reset_index()
+    whole = [_whole(value, name) for name, value in zip(means["metric"], means["value"], strict=True)]
+    return means.assign(value=whole)
+
+
+def _halved(truth: Truth, rng: np.random.Generator) -> Pairs:
+    """One half of the cells of each condition as prediction, the other as truth."""
+    orders = [rng.permutation(num_cells(cells)) for cells in truth.cells]
+    cuts = [len(order) // 2 for order in orders]
+    parts = list(zip(truth.cells, orders, cuts, strict=True))
+    real = tuple(cells[order[cut:]] for cells, order, cut in parts)
+    candidates = truth.candidates.copy()
+    candidates[truth.own] = [mean(cells) for cells in real]
+    predicted = tuple(cells[order[:cut]] for cells, order, cut in parts)
+    return Pairs(truth=replace(truth, cells=real, candidates=candidates), cells=predicted)
+
+
+def _whole(value: float, name: str) -> float:
+    """Carry a score between halves over to whole conditions."""
+    match _metric(name).noise:
+        case "square":
+            return value / 2
+        case "root":
+            return value / np.sqrt(2)
+        case "reliability" if value > 0:
+            return 2 * value / (1 + value)
+        case _:
+            return value
+
+
+def _metric(name: str) -> Metric:
+    return next(metric for metric in METRICS if metric.name == name)
+
+
+def _ordered(*tables: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True).reindex(columns=["model", "condition", "metric", "value"])
+
+
+# ---- from conditions to one line per model ---------------------------------------------------------
+
+
+def summarize(
+    scores: pd.DataFrame,
+    *,
+    floor: str = FLOOR,
+    baselines: Sequence[str] = BASELINES,
+    ceiling: str = CEILING,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Average over conditions, with intervals and between anchors.
+
+    Parameters
+    ----------
+    scores
+        Long, with the columns ``model, condition, metric, value``, the anchors among the models.
+    floor, baselines, ceiling
+        Their names; those that are absent give empty values.
+    seed
+        Of the bootstrap. Models share its samples of conditions.
+
+    Returns
+    -------
+    DataFrame
+        ``model, metric, mean, low, high, floor, ceiling, calibrated``. ``low`` and ``high`` bound the 95 %
+        bootstrap interval over conditions, empty for fewer than two. ``calibrated`` is 0 for the best
+        baseline that has all conditions and 1 for the ceiling, whatever the metric's direction; empty
+        where the ceiling is not better than that baseline, since the metric has no room to measure then.
+    """
+    rows = []
+    for name, part in scores.dropna(subset="value").groupby("metric", sort=False):
+        higher = _metric(str(name)).direction == "higher"
+        values = {str(m): v.to_numpy(float) for m, v in part.groupby("model", sort=False)["value"]}
+        means = {model: found.mean() for model, found in values.items()}
+        complete = [m for m in baselines if m in means and len(values[m]) == max(map(len, values.values()))]
+        start = (max if higher else min)((means[m] for m in complete), default=np.nan)
+        anchored = means.get(floor, np.nan), means.get(ceiling, np.nan)
+        room = anchored[1] - start if higher else start - anchored[1]
+        for model, found in values.items():
+            gain = means[model] - start if higher else start - means[model]
+            calibrated = gain / room if room > 0 else np.nan
+            bounds = _interval(found, np.random.default_rng(seed))
+            rows.append((model, name, means[model], *bounds, *anchored, calibrated))
+    table = pd.DataFrame.from_records(rows, columns=SUMMARY)
+    place = {model: i for i, model in enumerate(dict.fromkeys(scores["model"]))}
+    return table.sort_values("model", key=lambda names: names.map(place), kind="stable", ignore_index=True)
+
+
+def _interval(values: Float[np.ndarray, "conditions"], rng: np.random.Generator) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    count = len(values)
+    if count < 2:
+        return np.nan, np.nan
+    means = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS) @ values / count
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)

@@ -33,8 +33,8 @@ def endpoint(
 def gaussian_velocity(
     x_t: Float[Tensor, "*cells genes"],
     t: Float[Tensor, "*cells"],
-    source: tuple[Float[Tensor, "genes"], Float[Tensor, "genes"]],
-    data: tuple[Float[Tensor, "genes"], Float[Tensor, "genes"]],
+    source: Float[Tensor, "mean_and_std genes"],
+    data: Float[Tensor, "mean_and_std genes"],
 ) -> tuple[Float[Tensor, "*cells genes"], Float[Tensor, "*cells genes"]]:
     """Best velocity if every gene were an independent Gaussian in the source and in the data.
 

@@ -7,6 +7,7 @@ An explicit Runge-Kutta step from t to t + s with coefficients a, b, c evaluates
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -48,14 +49,14 @@ assert set(TABLEAUS) == set(get_args(Method))
 
 
 def evaluations(method: Method, points: int) -> int:
-    """Evaluations of the field along a grid of so many points."""
+    """Count evaluations of the field along a grid of so many points."""
     return len(TABLEAUS[method].nodes) * (points - 1)
 
 
 def integrate(
     field: Field, x: Float[Tensor, "*shape"], times: Float[Tensor, "points"], method: Method
 ) -> Float[Tensor, "*shape"]:
-    """State at the last time, from the state at the first one.
+    """Return the state at the last time, from the state at the first one.
 
     Parameters
     ----------
@@ -70,13 +71,13 @@ def integrate(
 def trajectory(
     field: Field, x: Float[Tensor, "*shape"], times: Float[Tensor, "points"], method: Method
 ) -> Float[Tensor, "points *shape"]:
-    """States at all times of the grid, the first one included."""
+    """Return the states at all times of the grid, the first one included."""
     return torch.stack([x, *_states(field, x, times, method)])
 
 
 def _states(field: Field, x: Tensor, times: Tensor, method: Method) -> Iterator[Tensor]:
     rule = TABLEAUS[method]
-    for start, stop in zip(times[:-1], times[1:], strict=True):
+    for start, stop in pairwise(times):
         step = stop - start
         slopes: list[Tensor] = []
         for node, stage in zip(rule.nodes, rule.stages, strict=True):

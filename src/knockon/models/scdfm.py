@@ -1,0 +1,285 @@
+"""scDFM: conditional flow matching over gene tokens [scdfm2026].
+
+One example is a control cell and a perturbed cell, paired at random. A network learns the velocity
+that carries noise to perturbed cells, given the control cell and the condition; see docs/models/scdfm.md.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from knockon.data import graph
+from knockon.data.values import Matrix
+from knockon.dynamics import discrepancy, flow, solve
+from knockon.model import Losses, Model, ModelConfig, Recipe, Training
+from knockon.nn.pad import Architecture, Known, PADTransformer
+from knockon.types import CellSets, Condition, Spec
+
+if TYPE_CHECKING:
+    from knockon.data.screen import Screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Architecture, ModelConfig):
+    """scDFM: its network (``Architecture``), its objective and its way of sampling."""
+
+    source: Literal["gaussian", "poisson", "control"] = "gaussian"
+    """Where paths start: standard noise; ``log1p`` of Poisson counts around the control cell; or another
+    control cell of the set with some noise (not in the paper)."""
+    source_noise: float = 0.1
+    """Standard deviation of the noise on a control cell that a path starts from."""
+    poisson_total: float = 1e4
+    """Counts of a Poisson start."""
+    gaussian_base: bool = True
+    """The network adds to the best velocity between Gaussians of each gene's mean and variance in
+    training cells, so that it need not learn these (not in the paper)."""
+    mmd: float = 0.5
+    """Weight of the maximum mean discrepancy; 0 is the paper's ablation."""
+    genes_per_step: int = 1000
+    """Genes drawn for each training step; all of them where the panel has no more."""
+    gene_graph: bool = True
+    """Ablation: without it, the encoding of a gene knows nothing of its neighbors."""
+    graph_neighbors: int = 30
+    """Genes that each gene selects by absolute correlation."""
+    graph_negative: bool = True
+    """Keep edges of negative correlation wherever one end selected them."""
+    graph_second_log: bool = False
+    """Take the logarithm once more before correlating, as the released program does."""
+    graph_cells: int = 20_000
+    """Training cells to correlate at most, drawn at random; 0 takes all."""
+    solver: solve.Method = "rk4_38"
+    """Rule of the steps of generation."""
+    points: int = 20
+    """Times from 0 to 1, both included, between which steps are taken."""
+    dropout_in_generation: bool = False
+    """Dropout while cells are generated, as in the released program."""
+    snap_zeros: bool = True
+    """Values nearer to zero than to the smallest values of the gene in training cells become zero."""
+    chunk: int = 65_536
+    """Values (cells x genes) generated at once; it sets the memory of generation and nothing else."""
+
+    def build(self, spec: Spec) -> "SCDFM":
+        """Make the model."""
+        return SCDFM(spec, self)
+
+
+def default() -> Recipe:
+    """Return what is best for some hundred genes on a CPU; larger screens deserve a wider network."""
+    return Recipe(
+        model=Config(),
+        train=Training(
+            steps=2000, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=100, clip=1.0, ema=0.995,
+            optimizer="adamw", weight_decay=0.01,
+        ),
+    )  # fmt: skip
+
+
+def paper() -> Recipe:
+    """Return what was published and released: 60 million parameters, 48 pairs, 200,000 steps.
+
+    The paper ran two such batches at once (96 pairs, half as many steps): ``sets=2, steps=100_000``.
+    """
+    return Recipe(
+        model=Config(
+            width=512,
+            layers=4,
+            heads=8,
+            dropout=0.1,
+            time_scale=1.0,
+            zero_init=False,
+            normed_keys=False,
+            residual_adapter=False,
+            source="gaussian",
+            gaussian_base=False,
+            mmd=0.5,
+            genes_per_step=1000,
+            graph_neighbors=30,
+            graph_negative=True,
+            graph_second_log=True,
+            graph_cells=0,
+            solver="rk4_38",
+            points=20,
+            dropout_in_generation=True,
+            snap_zeros=False,
+        ),
+        train=Training(steps=200_000, sets=1, cells=48, lr=5e-5, final_lr=1e-6),
+    )
+
+
+def small() -> Recipe:
+    """Return a model for tests: some seconds on one core."""
+    return Recipe(
+        model=Config(width=32, layers=1, heads=2, graph_neighbors=5, solver="midpoint", points=9),
+        train=Training(steps=150, sets=4, cells=16, lr=3e-3, final_lr=1e-4, warmup=10, clip=1.0, ema=0.95),
+    )
+
+
+class SCDFM(Model):
+    """Flow matching over gene tokens; the cells of a set do not depend on each other."""
+
+    units = "log1p"
+
+    trained: Bool[Tensor, "codes"]
+    source_moments: Float[Tensor, "mean_and_std genes"]
+    data_moments: Float[Tensor, "mean_and_std genes"]
+    smallest: Float[Tensor, "genes"]
+
+    def __init__(self, spec: Spec, config: Config) -> None:
+        super().__init__(spec)
+        self.config = config
+        self.network = PADTransformer(spec, config)
+        genes = len(spec.genes)
+        self.register_buffer("trained", torch.zeros(len(spec.perturbations) + 1, dtype=torch.bool))
+        self.register_buffer("source_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
+        self.register_buffer("data_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
+        self.register_buffer("smallest", torch.zeros(genes))
+
+    def fit_statistics(self, train: "Screen") -> None:
+        """Note the perturbations and the smallest values seen; fit moments and the graph of genes."""
+        config, matrix = self.config, train.matrix
+        self.trained[self.spec.encode(train.conditions).perturbation.unique()] = True
+        controls = np.concatenate([train.rows[label] for label in train.controls])
+        treated = np.concatenate([train.rows[label] for label in train.conditions])
+        every = np.concatenate([controls, treated])
+        self.smallest.copy_(torch.from_numpy(graph.smallest(matrix, every)))
+        self.data_moments.copy_(_moments(matrix, treated))
+        if config.source == "control":
+            mean, std = _moments(matrix, controls)
+            self.source_moments.copy_(torch.stack([mean, std.hypot(std.new_tensor(config.source_noise))]))
+        if config.gene_graph:
+            if 0 < config.graph_cells < len(every):
+                draw = np.random.default_rng(0)
+                every = np.sort(draw.choice(every, config.graph_cells, replace=False))
+            correlations = graph.correlation(matrix, every, second_log=config.graph_second_log)
+            edges = graph.neighbors(correlations, config.graph_neighbors, negative=config.graph_negative)
+            self.network.genes.connect(edges)
+
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Perturbations seen in training, genes of the panel, and those with a vector."""
+        return (self.trained | self.network.conditions.based())[condition.perturbation].all(dim=-1)
+
+    def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
+        """Flow matching at random times, and the discrepancy of where its velocities lead."""
+        panel = batch.target.shape[-1]
+        genes = torch.arange(panel, device=batch.target.device)
+        if self.config.genes_per_step < panel:
+            drawn = torch.randperm(panel, generator=rng, device=rng.device)
+            genes = drawn[: self.config.genes_per_step].to(batch.target.device)
+        control, x1 = batch.control[..., genes], batch.target[..., genes]
+        x0, reference = self.start(control, rng)
+        t = torch.rand(x1.shape[:2], generator=rng, device=x1.device)
+        return self.objective(genes, Pairs(x0, x1, reference, t), batch.condition, rng)
+
+    def objective(
+        self,
+        genes: Int[Tensor, "genes"],
+        pairs: "Pairs",
+        condition: Condition,
+        rng: torch.Generator | None = None,
+    ) -> Losses:
+        """Losses of paths between given cells; ``rng`` switches dropout on."""
+        x0, x1, reference, t = pairs
+        x_t = flow.interpolate(x0, x1, t)
+        g, p = self.network.encode(genes, condition, rng)
+        known = self.network.know(g, reference.flatten(0, 1), p.repeat_interleave(x1.shape[1], 0), rng)
+        v = self.velocity(genes, x_t.flatten(0, 1), t.flatten(), known, rng).view_as(x1)
+        with torch.autocast(x1.device.type, enabled=False):
+            matching = functional.mse_loss(v, flow.velocity(x0, x1))
+            losses = {"total": matching, "flow": matching}
+            if self.config.mmd and x1.shape[1] > 1:
+                losses["mmd"] = discrepancy.mmd(flow.endpoint(x_t, v, t), x1).mean()
+                losses["total"] = matching + self.config.mmd * losses["mmd"]
+        return losses
+
+    def velocity(
+        self,
+        genes: Int[Tensor, "genes"],
+        x_t: Float[Tensor, "cells genes"],
+        t: Float[Tensor, "cells"],
+        known: Known,
+        rng: torch.Generator | None = None,
+    ) -> Float[Tensor, "cells genes"]:
+        """Velocity of cells: the network's, on top of the Gaussian one where the configuration says so."""
+        v = self.network(x_t, t, known, rng)
+        if not self.config.gaussian_base:
+            return v
+        base, spread = flow.gaussian_velocity(
+            x_t, t, self.source_moments[:, genes], self.data_moments[:, genes]
+        )
+        return base + spread * v
+
+    def start(
+        self, control: Float[Tensor, "sets cells genes"], rng: torch.Generator
+    ) -> tuple[Float[Tensor, "sets cells genes"], Float[Tensor, "sets cells genes"]]:
+        """Draw states at t = 0, and choose the control cells that the network is shown.
+
+        Where paths start from control cells, the network is shown the next one of the set: from a path's
+        own it could read the noise, and the path would carry nothing else.
+        """
+        if self.config.source == "poisson":
+            rates = control.expm1().clamp_min(0)
+            rates = rates * (self.config.poisson_total / rates.sum(-1, keepdim=True).clamp_min(1e-8))
+            return torch.poisson(rates, generator=rng).log1p(), control
+        noise = torch.randn(control.shape, generator=rng, device=control.device, dtype=control.dtype)
+        if self.config.source == "gaussian":
+            return noise, control
+        return control + self.config.source_noise * noise, control.roll(1, dims=1)
+
+    def sample(
+        self,
+        control: Float[Tensor, "sets cells genes"],
+        condition: Condition,
+        rng: torch.Generator,
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Follow the velocity from each start; all genes at once, some cells at a time."""
+        sets, cells, panel = control.shape
+        x0, reference = self.start(control, rng)
+        genes = torch.arange(panel, device=control.device)
+        times = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
+        noise = rng if self.config.dropout_in_generation else None
+        g, p = self.network.encode(genes, condition, noise)
+        p = p.repeat_interleave(cells, 0)
+        x, parts = x0.flatten(0, 1), []
+        for rows in torch.arange(len(x), device=x.device).split(max(1, self.config.chunk // panel)):
+            known = self.network.know(g, reference.flatten(0, 1)[rows], p[rows], noise)
+            parts.append(self._follow(genes, x[rows], times, known, noise))
+        return self._finish(torch.cat(parts)).view(sets, cells, panel)
+
+    def _follow(
+        self,
+        genes: Int[Tensor, "genes"],
+        x: Float[Tensor, "cells genes"],
+        times: Float[Tensor, "points"],
+        known: Known,
+        rng: torch.Generator | None,
+    ) -> Float[Tensor, "cells genes"]:
+        """Carry states from t = 0 to t = 1."""
+
+        def field(x: Tensor, t: Tensor) -> Tensor:
+            return self.velocity(genes, x, t.expand(len(x)), known, rng)
+
+        return solve.integrate(field, x, times, self.config.solver)
+
+    def _finish(self, x: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells genes"]:
+        """Turn states into values that an expression can have."""
+        if self.config.snap_zeros:
+            x = torch.where(x < self.smallest / 2, 0, x)
+        return x.clamp_min(0)
+
+
+class Pairs(NamedTuple):
+    """Ends of paths, the control cells shown, and times."""
+
+    x0: Float[Tensor, "sets cells genes"]
+    x1: Float[Tensor, "sets cells genes"]
+    reference: Float[Tensor, "sets cells genes"]
+    t: Float[Tensor, "sets cells"]
+
+
+def _moments(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> Float[Tensor, "mean_and_std genes"]:
+    return torch.from_numpy(np.stack(graph.moments(matrix, rows)).astype(np.float32))

@@ -1,0 +1,170 @@
+"""Attention: the difference of two softmax maps, and the one over the neighbors in a graph.
+
+All attention over genes is fused: no map of genes x genes is ever stored.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from knockon.nn.blocks import Attention, Heads, dropout, xavier
+
+Reference = Literal["state", "control"]
+"""Where the second source of a map comes from: the state itself, or the control cell."""
+
+
+class DifferentialAttention(Attention):
+    """``(A1 - lambda A2) V`` of every head, normalized: attention from which a second map is subtracted.
+
+    Values, and whatever is not named here, come from the normalized state. A reference to the ``state``
+    gives both sets of keys; a reference to the ``control`` cell gives queries and keys of the second
+    map, which thereby does not depend on the state.
+
+    ``(A1 - lambda A2) V = A1 V - lambda (A2 V)``, so two fused attentions are exact [ye2024, eq. 1].
+
+    Parameters
+    ----------
+    depth
+        Number of the layer, from 0; deeper layers begin with a larger lambda [ye2024, eq. 3].
+    """
+
+    def __init__(self, dim: int, heads: int, *, depth: int, reference: Reference) -> None:
+        super().__init__()
+        self.heads, self.reference = heads, reference
+        self.initial = 0.8 - 0.6 * math.exp(-0.3 * depth)
+        self.from_state = nn.Linear(dim, 3 * dim, bias=False)
+        self.from_reference = nn.Linear(dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.lambdas = nn.Parameter(0.1 * torch.randn(4, dim // heads))
+        self.scale = nn.Parameter(torch.ones(dim // heads))
+        for linear, parts in ((self.from_state, 3), (self.from_reference, 2), (self.out, 1)):
+            xavier(linear, parts)
+
+    def weight(self) -> Float[Tensor, ""]:
+        """Return lambda, the weight of the second map."""
+        q1, k1, q2, k2 = self.lambdas
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
+
+    def project(self, reference: Float[Tensor, "cells genes dim"]) -> Heads:
+        """Project the reference: both keys, or queries and keys of the second map."""
+        return split_heads(self.from_reference(reference), 2, self.heads)
+
+    def context(
+        self,
+        state: Float[Tensor, "cells genes dim"],
+        reference: Heads,
+    ) -> Float[Tensor, "cells heads genes head"]:
+        """Compute ``(A1 - lambda A2) V`` of each head."""
+        first, second, values = split_heads(self.from_state(state), 3, self.heads)
+        if self.reference == "state":
+            q1, q2, (k1, k2) = first, second, reference
+        else:
+            q1, k1, (q2, k2) = first, second, reference
+        plus = functional.scaled_dot_product_attention(q1, k1, values)
+        minus = functional.scaled_dot_product_attention(q2, k2, values)
+        return plus - self.weight().to(minus.dtype) * minus
+
+    def forward(
+        self,
+        state: Float[Tensor, "cells genes dim"],
+        reference: Heads,
+    ) -> Float[Tensor, "cells genes dim"]:
+        """Attend; ``reference`` is what ``project`` made."""
+        context = self.context(state, reference)
+        normed = functional.rms_norm(context, self.scale.shape, eps=1e-5)
+        gain = (1 - self.initial) * self.scale
+        return self.out((normed * gain.to(normed.dtype)).transpose(1, 2).flatten(-2))
+
+
+class SoftmaxAttention(Attention):
+    """Ordinary attention with the interface of the differential one, for the ablation.
+
+    With the reference ``state``, keys come from the reference; with ``control``, keys and values.
+    """
+
+    def __init__(self, dim: int, heads: int, *, reference: Reference) -> None:
+        super().__init__()
+        self.heads = heads
+        self.parts = (2, 1) if reference == "state" else (1, 2)
+        self.from_state = nn.Linear(dim, self.parts[0] * dim, bias=False)
+        self.from_reference = nn.Linear(dim, self.parts[1] * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        for linear, parts in ((self.from_state, self.parts[0]), (self.from_reference, self.parts[1])):
+            xavier(linear, parts)
+        xavier(self.out)
+
+    def project(self, reference: Float[Tensor, "cells genes dim"]) -> Heads:
+        """Project the reference: keys, or keys and values."""
+        return split_heads(self.from_reference(reference), self.parts[1], self.heads)
+
+    def forward(
+        self,
+        state: Float[Tensor, "cells genes dim"],
+        reference: Heads,
+    ) -> Float[Tensor, "cells genes dim"]:
+        """Attend; ``reference`` is what ``project`` made."""
+        own = split_heads(self.from_state(state), self.parts[0], self.heads)
+        queries, keys, values = own[0], reference[0], (own if len(own) > 1 else reference)[1]
+        context = functional.scaled_dot_product_attention(queries, keys, values)
+        return self.out(context.transpose(1, 2).flatten(-2))
+
+
+class NeighborAttention(nn.Module):
+    """Attention of tokens to their neighbors in a graph, over a list of edges.
+
+    Equal to dense attention with all other tokens masked, at the cost of the edges alone; hubs with
+    many neighbors cost nothing to the others.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "rows dim"],
+        memory: Float[Tensor, "vocabulary dim"],
+        edges: tuple[Int[Tensor, "edges"], Int[Tensor, "edges"]],
+        rate: float,
+        rng: torch.Generator | None,
+    ) -> Float[Tensor, "rows dim"]:
+        """Attend along edges from a row of ``tokens`` to a row of ``memory``; every row has one.
+
+        Parameters
+        ----------
+        rate, rng
+            Dropout of the attention weights; see ``dropout``.
+        """
+        row, column = edges
+        queries = self.query(tokens).unflatten(-1, (self.heads, -1))
+        keys, values = self.key_value(memory).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        logits = (queries.index_select(0, row) * keys.index_select(0, column)).sum(-1)
+        weights = segment_softmax(logits / math.sqrt(queries.shape[-1]), row, len(tokens))
+        weights = dropout(weights, rate, rng)
+        weighted = weights[..., None].to(values.dtype) * values.index_select(0, column)
+        return self.out(torch.zeros_like(queries).index_add(0, row, weighted).flatten(-2))
+
+
+def segment_softmax(
+    logits: Float[Tensor, "edges heads"], segment: Int[Tensor, "edges"], segments: int
+) -> Float[Tensor, "edges heads"]:
+    """Softmax over the edges of each segment, at least in float32."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    index = segment[:, None].expand_as(logits)
+    highest = logits.new_full((segments, logits.shape[1]), -torch.inf)
+    highest = highest.scatter_reduce(0, index, logits.detach(), "amax")
+    raised = (logits - highest.index_select(0, segment)).exp()
+    total = logits.new_zeros(segments, logits.shape[1]).index_add(0, segment, raised)
+    return raised / total.index_select(0, segment)
+
+
+def split_heads(packed: Float[Tensor, "cells genes packed"], parts: int, heads: int) -> Heads:
+    """Cut stacked projections into their parts, and each part into consecutive heads."""
+    return packed.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()

@@ -1,0 +1,194 @@
+"""Encoders of what a model is told: genes with their neighbors, perturbations, doses, covariates."""
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from knockon.nn.attention import NeighborAttention
+from knockon.nn.blocks import dropout, linear
+from knockon.types import Condition, Spec
+
+NOTHING = 0
+"""Token that fills the slots of a condition with fewer perturbations than slots."""
+
+
+class GeneEncoder(nn.Module):
+    """Names of genes to vectors, each from its own row of a table and those of its neighbors in a graph.
+
+    Token 0 stands for no gene, token i + 1 for the i-th gene. A token without neighbors sees itself.
+
+    Parameters
+    ----------
+    genes
+        Number of genes.
+    dropout
+        Rate on attention weights and on both sums.
+    """
+
+    HEADS = 8
+    """Of the attention to neighbors, whatever the heads of the other attentions."""
+
+    offsets: Int[Tensor, "tokens_and_one"]
+    neighbors: Int[Tensor, "edges"]
+
+    def __init__(self, genes: int, dim: int, *, dropout: float) -> None:
+        super().__init__()
+        self.rate = dropout
+        self.table = nn.Embedding(genes + 1, dim)
+        self.table_norm = nn.LayerNorm(dim)
+        self.query_norm = nn.LayerNorm(dim)
+        self.attention = NeighborAttention(dim, self.HEADS)
+        self.maps_norm = nn.LayerNorm(dim)
+        self.maps = nn.ModuleList([linear(dim, 4 * dim), linear(4 * dim, dim)])
+        self.register_buffer("offsets", torch.arange(genes + 2))
+        self.register_buffer("neighbors", torch.arange(genes + 1))
+
+    def connect(self, graph: sp.csr_matrix) -> None:
+        """Take the graph of the genes; every gene is its own neighbor in it."""
+        offsets = np.concatenate([[0], graph.indptr.astype(np.int64) + 1])
+        neighbors = np.concatenate([[NOTHING], graph.indices.astype(np.int64) + 1])
+        self.offsets = torch.from_numpy(offsets).to(self.offsets.device)
+        self.neighbors = torch.from_numpy(neighbors).to(self.neighbors.device)
+
+    def edges(self, tokens: Int[Tensor, "rows"]) -> tuple[Int[Tensor, "edges"], Int[Tensor, "edges"]]:
+        """Edges from the rows of ``tokens`` to rows of the table."""
+        begin, end = self.offsets[tokens], self.offsets[tokens + 1]
+        counts = end - begin
+        row = torch.repeat_interleave(torch.arange(len(tokens), device=tokens.device), counts)
+        skipped = begin - (counts.cumsum(0) - counts)
+        return row, self.neighbors[torch.arange(len(row), device=tokens.device) + skipped[row]]
+
+    def memory(self) -> Float[Tensor, "tokens dim"]:
+        """Normalize the table: what tokens attend to."""
+        return self.table_norm(self.table.weight)
+
+    def forward(
+        self, tokens: Int[Tensor, "rows"], rng: torch.Generator | None = None
+    ) -> Float[Tensor, "rows dim"]:
+        """Encode tokens, each on its own; ``rng`` switches dropout on."""
+        memory = self.memory()
+        x = memory.index_select(0, tokens)
+        attended = self.attention(self.query_norm(x), memory, self.edges(tokens), self.rate, rng)
+        x = x + dropout(attended, self.rate, rng)
+        hidden = dropout(functional.gelu(self.maps[0](self.maps_norm(x))), self.rate, rng)
+        return x + dropout(self.maps[1](hidden), self.rate, rng)
+
+
+class Rows(nn.Module):
+    """A learned vector for each code."""
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(codes, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
+        """Look up."""
+        return self.norm(self.table(codes))
+
+
+class Projection(nn.Module):
+    """A learned projection of a fixed vector for each code; code 0, and a vector with gaps, is zero."""
+
+    vectors: Float[Tensor, "codes width"]
+
+    def __init__(self, vectors: Float[np.ndarray, "perturbations width"], dim: int) -> None:
+        super().__init__()
+        padded = torch.zeros(len(vectors) + 1, vectors.shape[1])
+        padded[1:] = torch.from_numpy(vectors)
+        self.known = padded.isfinite().all(dim=1)
+        self.register_buffer("vectors", torch.where(self.known[:, None], padded, 0), persistent=False)
+        self.map = linear(vectors.shape[1], dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
+        """Look up and project."""
+        return self.norm(self.map(self.vectors[codes]))
+
+
+class ConditionEncoder(nn.Module):
+    """A condition to one vector, whatever the order of its perturbations.
+
+    A condition is the mean of its perturbations. Where it has fewer than ``SLOTS``, the encoding of
+    nothing fills up: a single is half a gene and half nothing.
+
+    A perturbation that is a gene of the panel has the encoding of that gene. Any other has a row of its
+    own. Where the spec has vectors, a projection of the vector takes the place of the row, and is added
+    for genes too. A dose d scales and shifts the encoding by a map of log1p(d). Each covariate adds a
+    row that begins at zero, so that a level that was never trained changes nothing.
+    """
+
+    SLOTS = 2
+
+    token: Int[Tensor, "codes"]
+    is_gene: Bool[Tensor, "codes"]
+
+    def __init__(self, spec: Spec, dim: int) -> None:
+        super().__init__()
+        position = {gene: index + 1 for index, gene in enumerate(spec.genes)}
+        token = torch.tensor([NOTHING, *(position.get(name, NOTHING) for name in spec.perturbations)])
+        is_gene = token != NOTHING
+        is_gene[0] = is_gene.any()
+        self.register_buffer("token", token, persistent=False)
+        self.register_buffer("is_gene", is_gene, persistent=False)
+        self.own: Rows | Projection | None = None
+        if spec.vectors is not None:
+            self.own = Projection(spec.vectors, dim)
+        elif not is_gene.all():
+            self.own = Rows(len(token), dim)
+        self.dose = None
+        if spec.dose_unit is not None:
+            self.dose = nn.Sequential(linear(1, dim), nn.SiLU(), linear(dim, 2 * dim))
+        tables = [nn.Embedding(len(covariate.levels), dim) for covariate in spec.covariates]
+        for table in tables:
+            nn.init.zeros_(table.weight)
+        self.covariates = nn.ModuleList(tables)
+
+    def based(self) -> Bool[Tensor, "codes"]:
+        """Perturbations that can be encoded without having been trained on."""
+        if isinstance(self.own, Projection):
+            return self.is_gene | self.own.known
+        return self.is_gene
+
+    def encode(
+        self,
+        codes: Int[Tensor, "*shape"],
+        dose: Float[Tensor, "*shape"],
+        genes: Float[Tensor, "*shape dim"],
+    ) -> Float[Tensor, "*shape dim"]:
+        """Encode perturbations; ``genes`` are the encodings of their tokens."""
+        encoded = genes
+        if self.own is not None:
+            own, is_gene = self.own(codes), self.is_gene[codes][..., None]
+            encoded = torch.where(is_gene, genes + own if isinstance(self.own, Projection) else genes, own)
+        if self.dose is None:
+            return encoded
+        scale, shift = self.dose(dose.log1p()[..., None]).chunk(2, dim=-1)
+        return torch.where((dose > 0)[..., None], torch.addcmul(shift, encoded, 1 + scale), encoded)
+
+    def forward(
+        self, condition: Condition, genes: Float[Tensor, "sets slots dim"], nothing: Float[Tensor, "dim"]
+    ) -> Float[Tensor, "sets dim"]:
+        """Encode conditions.
+
+        Parameters
+        ----------
+        genes
+            Gene encodings of the tokens of all slots.
+        nothing
+            Gene encoding of the token of nothing.
+        """
+        codes = condition.perturbation
+        given = (codes != 0)[..., None]
+        encoded = self.encode(codes, condition.dose.to(genes.dtype), genes)
+        empty = self.encode(codes.new_zeros(()), genes.new_zeros(()), nothing)
+        count = given.sum(-2)
+        filled = (self.SLOTS - count).clamp_min(0) * empty
+        mean = ((encoded * given).sum(-2) + filled) / count.clamp_min(self.SLOTS)
+        return mean + sum(
+            table(level)
+            for table, level in zip(self.covariates, condition.covariates.unbind(-1), strict=True)
+        )

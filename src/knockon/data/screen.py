@@ -5,16 +5,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float, Int
 
-from knockon.data.conventions import Columns, Design, recognize
+from knockon.data.conventions import Columns
+from knockon.data.recognize import Design, recognize
 from knockon.data.store import Stored, choose_layer, load
-from knockon.data.values import Matrix, OnDisk, Scale, blocks, compressed, scale
+from knockon.data.values import Matrix, OnDisk, Scale, blocks, compressed, scale, survey
 from knockon.types import Covariate, Label, Spec, Units, UserError
 
 
@@ -85,7 +86,7 @@ class Screen:
         """Cells of the selected conditions."""
         return sum(len(rows) for rows in self.rows.values())
 
-    def select(self, labels: Iterable[Label]) -> Self:
+    def select(self, labels: Iterable[Label]) -> "Screen":
         """Only these conditions, in this screen's order."""
         wanted = set(labels)
         return replace(self, rows={label: rows for label, rows in self.rows.items() if label in wanted})
@@ -221,7 +222,7 @@ def read(path: str | Path, columns: Columns = Columns(), *, backed: bool = False
 def _assemble(stored: Stored, columns: Columns, source: str) -> Screen:
     _refuse_duplicates(stored.genes)
     design = recognize(stored.obs, stored.genes, columns)
-    judged = scale(stored.values, columns.units)
+    judged = scale(survey(stored.values), columns.units)
     order = np.argsort(design.codes, kind="stable")
     ends = np.cumsum(np.bincount(design.codes, minlength=len(design.labels)))
     rows = dict(zip(design.labels, np.split(order, ends[:-1]), strict=True))

@@ -1,8 +1,8 @@
 """Expression values: in memory or on disk, judged by what they are, never converted silently."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,6 +12,8 @@ from knockon.types import Units, UserError
 
 LARGEST_LOG1P = 15.0
 """No ``log1p`` of a count reaches this: it would be three million molecules of one gene."""
+EXPRESSED = 10
+"""Genes that a cell must express before the look of its values says something."""
 BLOCK = 4096
 """Cells that are looked at together, so that no second copy of the values is ever in memory."""
 
@@ -52,11 +54,11 @@ class OnDisk:
             block = log1p(block, self.total)
         return block if self.genes is None else block[:, self.genes]
 
-    def normalized(self, total: float) -> Self:
+    def normalized(self, total: float) -> "OnDisk":
         """Bring counts to a common total and take ``log1p``, whenever rows are read."""
         return replace(self, total=total)
 
-    def panel(self, places: Int[np.ndarray, "genes"]) -> Self:
+    def panel(self, places: Int[np.ndarray, "genes"]) -> "OnDisk":
         """Only some columns."""
         return replace(self, genes=places if self.genes is None else self.genes[places])
 
@@ -82,7 +84,8 @@ def compressed(values: Any) -> sp.csr_matrix:
 
 def blocks(matrix: Matrix, rows: Int[np.ndarray, "cells"] | None = None) -> Iterator[sp.csr_matrix]:
     """Rows in a few at a time: all of them, or those that are named."""
-    for start in range(0, matrix.shape[0] if rows is None else len(rows), BLOCK):
+    count, _ = cast(tuple[int, int], matrix.shape)
+    for start in range(0, count if rows is None else len(rows), BLOCK):
         stop = start + BLOCK
         yield matrix[start:stop] if rows is None else matrix[rows[start:stop]]
 
@@ -95,42 +98,90 @@ def log1p(counts: sp.csr_matrix, total: float) -> sp.csr_matrix:
     return sp.csr_matrix((np.log1p(data, out=data), counts.indices, counts.indptr), counts.shape)
 
 
-def scale(matrix: Matrix, declared: Units | None = None) -> Scale:
-    """Judge the units of values by looking at all of them.
+@dataclass(kw_only=True, eq=False)
+class Survey:
+    """What the values look like; grows with every block of cells that is looked at."""
+
+    nonfinite: list[float] = field(default_factory=list)
+    """Values that are not finite."""
+    negative: list[float] = field(default_factory=list)
+    largest: float = 0.0
+    stored: int = 0
+    """Values that are not zero."""
+    whole: int = 0
+    """Cells with whole numbers only, of those that express at least ten genes."""
+    fractional: int = 0
+    """The other cells, whatever they express."""
+    totals: list[Float[np.ndarray, "cells"]] = field(default_factory=list)
+    """Sum of each cell once ``log1p`` is undone; means nothing for counts."""
+
+    def see(self, block: sp.csr_matrix) -> None:
+        """Take a block of cells into account."""
+        values = block.data
+        finite = np.isfinite(values)
+        self.nonfinite += values[~finite].tolist()
+        self.negative += values[values < 0].tolist()
+        self.largest = max(self.largest, float(values.max(initial=0, where=finite)))
+        self.stored += int(np.count_nonzero(values))
+        fractions = _row_sums(block, values != np.rint(values))
+        self.fractional += int((fractions > 0).sum())
+        self.whole += int(((fractions == 0) & (np.diff(block.indptr) >= EXPRESSED)).sum())
+        self.totals.append(_row_sums(block, np.expm1(np.clip(values, 0, LARGEST_LOG1P))))
+
+
+def survey(matrix: Matrix) -> Survey:
+    """Look at all values once, a few cells at a time."""
+    found = Survey()
+    for block in blocks(matrix):
+        found.see(block)
+    return found
+
+
+def scale(found: Survey, declared: Units | None = None) -> Scale:
+    """Judge the units of values by what all of them look like.
 
     Parameters
     ----------
-    matrix
-        Cells x genes.
+    found
+        Of all cells.
     declared
         What the user says; a contradiction is an error.
 
     Raises
     ------
     UserError
-        For negative or non-finite values, for values that are neither counts nor ``log1p``, and for
-        values that contradict what was declared.
+        For negative or non-finite values, for values that are neither counts nor ``log1p`` or some
+        of each, and for values that contradict what was declared.
     """
-    largest, whole, totals = 0.0, True, []
-    for block in blocks(matrix):
-        _refuse(block.data, ~np.isfinite(block.data), "Values that are not finite")
-        _refuse(block.data, block.data < 0, "Negative values")
-        largest = max(largest, float(block.data.max(initial=0)))
-        whole = whole and bool((block.data == np.rint(block.data)).all())
-        totals.append(_undone(block))
-    if largest == 0:
+    for what, values in (
+        ("Values that are not finite", found.nonfinite),
+        ("Negative values", found.negative),
+    ):
+        if values:
+            raise UserError(
+                what,
+                offenders=values,
+                expected="counts, or log1p of normalized counts",
+                mend="choose the layer that holds them with --layer",
+            )
+    if found.largest == 0:
         raise UserError("All values are zero", expected="expression", mend="choose another --layer")
-    found: Units | None = "counts" if whole else "log1p" if largest < LARGEST_LOG1P else None
-    if found is None or declared not in (None, found):
-        raise _contradiction(found, declared, largest)
-    return Scale(units=found, total=_common(totals) if found == "log1p" else None)
+    if found.fractional and found.whole:
+        raise UserError(
+            f"Some cells hold counts ({found.whole}) and others fractions ({found.fractional})",
+            expected="one scale for all cells",
+            mend="bring all cells to one scale, or choose another --layer",
+        )
+    small = found.largest < LARGEST_LOG1P
+    units: Units | None = "log1p" if found.fractional and small else None if found.fractional else "counts"
+    if units is None or declared not in (None, units):
+        raise _contradiction(units, declared, found.largest)
+    return Scale(units=units, total=_common(found.totals) if units == "log1p" else None)
 
 
-def _undone(block: sp.csr_matrix) -> Float[np.ndarray, "cells"]:
-    """Sum of each row once ``log1p`` is undone; not used for counts."""
-    data = np.expm1(np.minimum(block.data, LARGEST_LOG1P))
-    undone = sp.csr_matrix((data, block.indices, block.indptr), block.shape)
-    return np.asarray(undone.sum(axis=1, dtype=np.float64)).ravel()
+def _row_sums(block: sp.csr_matrix, values: np.ndarray) -> Float[np.ndarray, "cells"]:
+    part = sp.csr_matrix((values, block.indices, block.indptr), block.shape)
+    return np.asarray(part.sum(axis=1, dtype=np.float64)).ravel()
 
 
 def _common(totals: Sequence[Float[np.ndarray, "cells"]]) -> float | None:
@@ -139,16 +190,6 @@ def _common(totals: Sequence[Float[np.ndarray, "cells"]]) -> float | None:
     middle = float(np.median(sums))
     shared = np.abs(sums - middle) <= 0.01 * middle
     return float(f"{middle:.4g}") if shared.mean() > 0.99 else None
-
-
-def _refuse(values: Float[np.ndarray, "values"], bad: np.ndarray, what: str) -> None:
-    if bad.any():
-        raise UserError(
-            what,
-            offenders=[f"{value:g}" for value in values[bad]],
-            expected="counts, or log1p of normalized counts",
-            mend="choose the layer that holds them with --layer",
-        )
 
 
 def _contradiction(found: Units | None, declared: Units | None, largest: float) -> UserError:

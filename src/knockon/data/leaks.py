@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt64
 
 from knockon.data.conventions import is_control_name
 from knockon.data.screen import Screen
 from knockon.data.split_file import Split
-from knockon.data.values import blocks
+from knockon.data.values import EXPRESSED, blocks
 from knockon.types import Label
 
-RICH = 10
-"""Expressed genes from which on two equal cells are no coincidence."""
 _WORDS = re.compile(r"[+_|;,/\s]+")
 
 
@@ -116,6 +113,6 @@ def _marks(screen: Screen, label: Label) -> list[int]:
     for block in blocks(screen.matrix, screen.rows[label]):
         bits = block.data.view(np.uint32).astype(np.uint64) * weights[block.indices]
         sums = np.concatenate([[np.uint64(0)], np.cumsum(bits ^ (bits >> np.uint64(29)), dtype=np.uint64)])
-        row: UInt64[np.ndarray, cells] = sums[block.indptr[1:]] - sums[block.indptr[:-1]]
-        marks += row[np.diff(block.indptr) >= RICH].tolist()
+        cells = sums[block.indptr[1:]] - sums[block.indptr[:-1]]
+        marks += cells[np.diff(block.indptr) >= EXPRESSED].tolist()
     return marks

@@ -124,8 +124,9 @@ def _variable(train: Screen, total: float | None, count: int) -> set[str]:
 
     chunks = [block if total is None else log1p(block, total) for block in _cells(train)]
     adata = anndata.AnnData(sp.vstack(chunks, format="csr"), var={"gene": list(train.genes)})
-    table = scanpy.pp.highly_variable_genes(adata, flavor="seurat", n_top_genes=count, inplace=False)
-    return {gene for gene, chosen in zip(train.genes, table["highly_variable"], strict=True) if chosen}
+    scanpy.pp.highly_variable_genes(adata, flavor="seurat", n_top_genes=count)
+    chosen = np.asarray(adata.var["highly_variable"], dtype=bool)
+    return set(np.asarray(train.genes)[chosen].tolist())
 
 
 def _places(screen: Screen, genes: Sequence[str]) -> Int[np.ndarray, "genes"]:

@@ -44,6 +44,8 @@ class Screen:
         SHA-256 of names and design, by which splits and runs know their screen.
     source
         Where it was read from; empty for a screen made in memory.
+    columns
+        How it was read, to read it again.
     notes
         What was recognized rather than told, one line each, to be printed.
     vocabulary
@@ -62,6 +64,7 @@ class Screen:
     dose_unit: str | None = None
     digest: str = ""
     source: str = ""
+    columns: Columns = Columns()  # noqa: RUF009 - frozen
     notes: tuple[str, ...] = ()
     vocabulary: tuple[Label, ...] = ()
     spellings: Mapping[Label, str] = field(default_factory=dict)
@@ -238,6 +241,7 @@ def _assemble(stored: Stored, columns: Columns, source: str) -> Screen:
         dose_unit=design.dose_unit,
         digest=_digest(stored.genes, cells, design),
         source=source,
+        columns=columns,
         notes=(*design.notes, *_notes(rows, judged, columns)),
         vocabulary=design.labels,
         spellings=design.spellings,

@@ -26,8 +26,8 @@ from knockon.data.split_file import (
 from knockon.types import Label, UserError
 
 __all__ = [
-    "KINDS", "Leak", "Part", "Split", "additive", "additive_test", "audit", "combinations15", "context", "make",
-    "part", "random", "read", "seen", "training", "unseen",
+    "KINDS", "Leak", "Part", "Split", "additive", "additive_test", "audit", "combinations15", "context",
+    "make", "part", "random", "read", "seen", "training", "unseen",
 ]  # fmt: skip
 
 KINDS = ("additive", "combinations15", "unseen", "context", "random")

@@ -1,4 +1,4 @@
-"""What a simulated screen does to its cells: its configuration, and each condition as a push on regulators."""
+"""What a simulated screen does to its cells: its configuration, and what each condition pushes."""
 
 import string
 from dataclasses import dataclass
@@ -48,12 +48,14 @@ class Simulation:
     effect: float = 0.5
     """Log fold change of genes by the programs of the network."""
     interaction: float = 1.5
-    """Curvature of the responses: 0 lets perturbations add up in log expression."""
+    """Steepness of the responses: 0 lets perturbations add up in log expression."""
+    gate_share: float = 0.3
+    """Share of the programs that need two groups of regulators at once."""
     control_share: float = 0.1
     """Share of the cells that are control cells."""
     unevenness: float = 0.3
     """Standard deviation of the log of the number of cells of a condition."""
-    depth: float = 12_000
+    depth: float = 12_000.0
     """Median library size: counts of a cell over all genes, those outside the panel included."""
     depth_spread: float = 0.45
     """Standard deviation of the log of the library size."""
@@ -65,16 +67,23 @@ class Simulation:
     """Dispersion of the counts of highly expressed genes; rare genes have more."""
     state_spread: float = 0.4
     """How strongly cell state and cell cycle show in the genes that they move."""
-    total: float = 10_000
+    total: float = 10_000.0
     """What the counts of a cell are normalized to before log1p."""
-    truth_cells: int = 1_024
-    """Points of the integral over cells by which the truth is computed."""
+    truth_cells: int = 2_048
+    """Points of the integral over cells that gives the truth; rounded up to a power of two."""
     seed: int = 0
     """Seed of everything drawn."""
 
     def __post_init__(self) -> None:
         perturbed = self.singles + self.orphans
         pairs = perturbed * (perturbed - 1) // 2 - self.orphans * (self.orphans - 1) // 2
+        if not 0 < self.penetrance <= 1:
+            raise UserError(f"Penetrance is {self.penetrance}", expected="a probability above 0")
+        if self.drugs > len(string.ascii_uppercase) or min(self.doses, default=0) <= 0:
+            raise UserError(
+                f"{self.drugs} drugs at doses {self.doses}",
+                expected=f"at most {len(string.ascii_uppercase)} drugs at positive doses",
+            )
         if self.regulators > self.genes:
             raise UserError(
                 f"{perturbed} perturbed genes do not fit a panel of {self.genes}",
@@ -117,6 +126,7 @@ class Simulation:
             null_share=self.null_share,
             effect=self.effect,
             interaction=self.interaction,
+            gate_share=self.gate_share,
             abundance_spread=self.abundance_spread,
             state_spread=self.state_spread,
         )
@@ -209,12 +219,12 @@ def _draw_drugs(config: Simulation, rng: np.random.Generator) -> dict[str, Float
     """Each drug moves three regulators, mostly downwards, along a Hill curve in its dose."""
     free = np.arange(config.singles + config.orphans, config.regulators)
     drugs = {}
-    for letters in list(string.ascii_uppercase)[: config.drugs]:
+    for letter in string.ascii_uppercase[: config.drugs]:
         targets = rng.choice(free, 3, replace=False)
         effect = np.where(rng.random(3) < 0.7, -1.0, 1.0) * config.strength * rng.uniform(0.6, 1.2, 3)
         half, slope = np.exp(rng.uniform(*np.log([config.doses[0], config.doses[-1]]))), rng.uniform(1, 2)
         for dose in config.doses:
             push = np.zeros(config.regulators)
             push[targets] = effect * dose**slope / (dose**slope + half**slope)
-            drugs[f"drug{letters}@{dose:g}uM"] = push
+            drugs[f"drug{letter}@{dose:g}uM"] = push
     return drugs

@@ -1,11 +1,11 @@
 """Expectations under the count model of a simulated screen, without drawing a cell."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.interpolate import CubicSpline
+from scipy.stats.qmc import Sobol
 
 SPAN = (-21.0, 0.2)
 """Log shares of a library that are told apart; below, a gene is never seen."""
@@ -33,7 +33,7 @@ class LogMean:
     """Over evenly spaced log shares, for each level of dispersion."""
 
     @classmethod
-    def tabulate(cls, model: CountModel, dispersion: Float[np.ndarray, "levels"]) -> Self:
+    def tabulate(cls, model: CountModel, dispersion: Float[np.ndarray, "levels"]) -> "LogMean":
         """Integrate over counts exactly and over library sizes by Gauss-Hermite quadrature."""
         nodes, weights = np.polynomial.hermite_e.hermegauss(12)
         library = model.depth * np.exp(model.spread * nodes)[:, None, None]
@@ -83,13 +83,10 @@ def expected_log1p(
     return expectation
 
 
-def lattice(points: int, dimensions: int) -> Float[np.ndarray, "points dimensions"]:
-    """Spread points evenly over the unit cube, as an integral over it needs them.
+def fill_cube(points: int, dimensions: int) -> Float[np.ndarray, "points dimensions"]:
+    """Spread points evenly over the open unit cube, as an integral over it needs them.
 
-    The additive recurrence of the generalized golden ratio: the root of x**(d + 1) = x + 1.
+    Sobol points, moved off the faces of the cube; their number is rounded up to a power of two.
     """
-    ratio = 2.0
-    for _ in range(60):
-        ratio = (1 + ratio) ** (1 / (dimensions + 1))
-    steps = ratio ** -np.arange(1.0, dimensions + 1)
-    return (0.5 + np.arange(1, points + 1)[:, None] * steps) % 1
+    log_points = (points - 1).bit_length()
+    return Sobol(dimensions, scramble=False).random_base2(log_points) + 0.5**log_points / 2

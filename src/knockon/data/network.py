@@ -41,9 +41,9 @@ class Shape:
     effect: float = 0.5
     """Standard deviation of a program's loadings: log fold change of a gene at activity 1."""
     interaction: float = 1.0
-    """Curvature of every response; towards 0 all effects add up in log expression."""
+    """Hill coefficient of every response; towards 0 all effects add up in log expression."""
     gate_share: float = 0.3
-    """Share of the programs that need both of their groups of regulators (AND)."""
+    """Share of the programs that need two groups of regulators at once (AND)."""
     abundance_spread: float = 1.7
     """Standard deviation of the log of base expression over genes."""
     state_spread: float = 0.4
@@ -68,7 +68,9 @@ class Network:
     inputs: Float[np.ndarray, "2 regulators programs"]
     """Weights of the regulators in the two factors of each program."""
     threshold: Float[np.ndarray, "programs"]
-    """Logit of an untreated program's activity: below 0 inputs enhance each other, above they buffer."""
+    """Drive of half activity: where it is high inputs enhance each other, where it is low they buffer."""
+    gain: Float[np.ndarray, "programs"]
+    """Activity of a program for each unit of the product of its two factors."""
     feedback: Float[np.ndarray, "programs regulators"]
     """Log fold change of a regulator at activity 1 of a program."""
     loadings: Float[np.ndarray, "programs genes"]
@@ -86,14 +88,16 @@ class Network:
     def respond(
         self, first: Float[np.ndarray, "cells programs"], second: Float[np.ndarray, "cells programs"]
     ) -> Float[np.ndarray, "cells programs"]:
-        """Activity of each program: a product of two sigmoids, 0 without drive, with slope 1 there.
+        """Activity of each program: a product of two Hill curves in its inputs, 0 without drive.
 
-        A program without a gate has no second input, so that its second factor cancels.
+        A program without a gate has no second input, so that its second factor is a constant.
         """
-        rest = expit(self.threshold)
-        both = expit(self.threshold + self.interaction * first)
-        both *= expit(self.threshold + self.interaction * second)
-        return (both - rest**2) / (self.interaction * rest**2 * (1 - rest))
+        return self.gain * (_hills(self.interaction, self.threshold, first, second) - self._rest)
+
+    @property
+    def _rest(self) -> Float[np.ndarray, "programs"]:
+        nothing = np.zeros_like(self.threshold)
+        return _hills(self.interaction, self.threshold, nothing, nothing)
 
     def settle(
         self, push: Float[np.ndarray, "cells regulators"], drive: Float[np.ndarray, "cells programs"]
@@ -155,7 +159,8 @@ def draw_network(shape: Shape, rng: np.random.Generator) -> Network:
     base[: shape.regulators] = 0.3 * base[: shape.regulators] + 1.5
     base -= np.log(np.exp(base).sum())
     inputs = _inputs(shape, potency, rng)
-    threshold = rng.uniform(-1.6, 1.6, shape.programs)
+    threshold = rng.uniform(-0.5, 2.5, shape.programs)
+    gain, steepest = _gain(interaction, threshold, inputs[1].any(0))
     weights = {
         "base": base,
         "types": _types(shape, rng),
@@ -164,9 +169,10 @@ def draw_network(shape: Shape, rng: np.random.Generator) -> Network:
         "state_drive": rng.normal(0.0, 0.3, (STATES, shape.programs)),
         "inputs": inputs,
         "threshold": threshold,
-        "feedback": _feedback(shape, inputs, threshold, rng),
+        "gain": gain,
+        "feedback": _feedback(shape, steepest[:, None] * np.abs(inputs).sum(0).T, rng),
         "loadings": _sparse_normal((shape.programs, shape.genes), 0.12, shape.effect, rng),
-        "reach": rng.uniform(1.5, 3.0, shape.genes),
+        "reach": rng.uniform(2.0, 5.0, shape.genes),
     }
     direct = potency[:, None] * _sparse_normal((shape.regulators, shape.genes), 0.02, 0.4, rng)
     return Network(
@@ -174,6 +180,31 @@ def draw_network(shape: Shape, rng: np.random.Generator) -> Network:
         direct=sp.csr_matrix(direct.astype(np.float32)),
         **{name: value.astype(np.float32) for name, value in weights.items()},
     )
+
+
+def _hills(
+    steepness: float,
+    threshold: Float[np.ndarray, "programs"],
+    first: Float[np.ndarray, "*cells programs"],
+    second: Float[np.ndarray, "*cells programs"],
+) -> Float[np.ndarray, "*cells programs"]:
+    """Multiply two Hill curves x**n / (x**n + k**n), given log x, log k and n."""
+    return expit(steepness * (first - threshold)) * expit(steepness * (second - threshold))
+
+
+def _gain(
+    steepness: float, threshold: Float[np.ndarray, "programs"], gated: Bool[np.ndarray, "programs"]
+) -> tuple[Float[np.ndarray, "programs"], Float[np.ndarray, "programs"]]:
+    """Scale programs so that a drive of 2, up or down, gives an activity of at most 2 per factor.
+
+    Returns the gains, and the steepest slope of activity on drive.
+    """
+    drive = np.full_like(threshold, 2.0)
+    nothing = np.zeros_like(threshold)
+    levels = [_hills(steepness, threshold, x, np.where(gated, x, 0.0)) for x in (-drive, nothing, drive)]
+    gain = np.where(gated, 2 * drive, drive) / np.maximum(levels[2] - levels[1], levels[1] - levels[0])
+    other = np.where(gated, 1.0, expit(-steepness * threshold))
+    return gain, gain * other * steepness / 4
 
 
 def _sparse_normal(
@@ -198,18 +229,12 @@ def _inputs(
 
 
 def _feedback(
-    shape: Shape,
-    inputs: Float[np.ndarray, "2 regulators programs"],
-    threshold: Float[np.ndarray, "programs"],
-    rng: np.random.Generator,
+    shape: Shape, steepest: Float[np.ndarray, "programs regulators"], rng: np.random.Generator
 ) -> Float[np.ndarray, "programs regulators"]:
     """Sparse feedback, scaled down until the fixed point is unique even where slopes are steepest."""
     feedback = _sparse_normal((shape.programs, shape.regulators), 0.1, 0.3, rng)
-    rest = expit(threshold)
-    other = np.where(inputs[1].any(0), 1.0, rest)
-    steepest = 0.25 * other / (rest**2 * (1 - rest))
-    gain = np.linalg.norm(feedback @ np.abs(inputs).sum(0) * steepest, 2)
-    return feedback * min(1.0, LOOP_GAIN / max(gain, 1e-9))
+    loop = np.linalg.norm(np.abs(feedback) @ steepest.T, 2)
+    return feedback * min(1.0, LOOP_GAIN / max(loop, 1e-9))
 
 
 def _types(shape: Shape, rng: np.random.Generator) -> Float[np.ndarray, "types genes"]:

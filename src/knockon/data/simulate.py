@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from scipy.special import ndtri
 
 from knockon.data.design import SLOTS, Design, Simulation, draw_design, gene_names
-from knockon.data.expectation import CountModel, LogMean, lattice
+from knockon.data.expectation import CountModel, LogMean, fill_cube
 from knockon.data.network import STATES, Network, draw_network
 from knockon.types import CONTROL, UserError
 
@@ -40,7 +40,7 @@ def tiny() -> Simulation:
         penetrance=0.95,
         panel_share=0.025,
         abundance_spread=1.0,
-        truth_cells=512,
+        truth_cells=1_024,
     )
 
 
@@ -60,7 +60,7 @@ def norman() -> Simulation:
         abundance_spread=2.6,
         effect=0.6,
         control_share=0.08,
-        truth_cells=256,
+        truth_cells=512,
     )
 
 
@@ -80,7 +80,16 @@ def contexts() -> Simulation:
 
 def interaction() -> Simulation:
     """Return a screen of which many doubles are far from the sum of their singles."""
-    return Simulation(singles=16, doubles=60, interaction=2.5, effect=0.7, null_share=0.1, strength=2.2)
+    return Simulation(
+        singles=16,
+        doubles=60,
+        strength=2.0,
+        penetrance=0.95,
+        null_share=0.1,
+        effect=0.7,
+        interaction=2.5,
+        gate_share=0.6,
+    )
 
 
 PRESETS = (tiny, demo, norman, contexts, interaction)
@@ -242,19 +251,16 @@ def _expect(
     config = world.config
     model = CountModel(depth=config.depth, spread=config.depth_spread, total=config.total)
     log_mean = LogMean.tabulate(model, world.dispersion)
-    uniform = lattice(config.truth_cells, LATENTS)
+    uniform = fill_cube(config.truth_cells, LATENTS)
     logged = np.zeros((config.conditions, config.genes))
     plain = np.zeros_like(logged)
     for condition in range(config.conditions):
-        for rows in _chunks(config.truth_cells, config.genes):
+        for rows in _chunks(len(uniform), config.genes):
             part = uniform[rows]
             log_share = world.log_shares(np.full(len(part), condition), part)
             logged[condition] += log_mean.at(log_share, world.level).sum(0)
             plain[condition] += np.exp(log_share).sum(0) * config.total
-    return (
-        (logged.T / config.truth_cells).astype(np.float32),
-        (plain.T / config.truth_cells).astype(np.float32),
-    )
+    return (logged.T / len(uniform)).astype(np.float32), (plain.T / len(uniform)).astype(np.float32)
 
 
 def _obs(

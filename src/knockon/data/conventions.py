@@ -51,6 +51,9 @@ class Part:
     dose: float | None = None
     unit: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name}@{self.dose:g}" if self.dose else self.name
+
 
 def split_text(text: str, known: Collection[str] = ()) -> list[Part]:
     """Take a combination apart, in the order of the text; an empty text has no parts.

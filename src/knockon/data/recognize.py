@@ -67,12 +67,12 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
     texts, text_codes = _levels(obs, key)
     flags = None if columns.control else _control_flags(obs, notes)
     controls = _controls(texts, text_codes, flags, genes=genes, told=columns.control, notes=notes)
-    doses, dose_codes = _doses(obs, columns.dose_key, notes)
+    doses, dose_codes = read_doses(obs, columns.dose_key, notes)
     known = names_of(texts, genes) - (controls - genes)
     pairs, codes = _distinct(text_codes, dose_codes)
     parsed = [read_parts(texts[t], doses[d], known=known, controls=controls) for t, d in pairs]
     _refuse_second_control(parts for parts, _ in parsed)
-    covariates, covariate_codes = _covariates(obs, columns.covariate_keys, notes)
+    covariates, covariate_codes = read_covariates(obs, columns.covariate_keys, notes)
     rows, codes = _distinct(codes, *covariate_codes)
     found = [
         label_of(parsed[pair][0], [c.levels[i] for c, i in zip(covariates, levels, strict=True)])
@@ -100,8 +100,8 @@ def _refuse_second_control(conditions: Iterable[list[Part]]) -> None:
 
 
 def _spellings(conditions: Iterable[list[Part]]) -> dict[Label, str]:
-    """How the file writes each combination; where it writes several ways, the first of them sorted."""
-    spelled = sorted((label_of(parts), "+".join(part.name for part in parts)) for parts in conditions)
+    """Tell how the file writes each combination; of several ways, the first by code point."""
+    spelled = sorted((label_of(parts), "+".join(map(str, parts))) for parts in conditions if len(parts) > 1)
     return dict(reversed(spelled))
 
 
@@ -217,7 +217,7 @@ def _controls(
     )
 
 
-def _doses(
+def read_doses(
     obs: pd.DataFrame, told: str | None, notes: list[str]
 ) -> tuple[list[str], Int[np.ndarray, "cells"]]:
     """Distinct dose texts and the code of each cell; one empty text where there are no doses."""
@@ -249,9 +249,10 @@ def _with_unit(texts: list[str], obs: pd.DataFrame) -> list[str]:
     return ["+".join(piece + unit for piece in text.split("+")) if text else "" for text in texts]
 
 
-def _covariates(
+def read_covariates(
     obs: pd.DataFrame, told: tuple[str, ...] | None, notes: list[str]
 ) -> tuple[tuple[Covariate, ...], list[Int[np.ndarray, "cells"]]]:
+    """Levels of each covariate and the codes of the cells."""
     if told is not None:
         names = [_require(obs, name, "--covariate-keys") for name in told]
     else:

@@ -223,7 +223,7 @@ def read(path: str | Path, columns: Columns = Columns(), *, backed: bool = False
 
 
 def _assemble(stored: Stored, columns: Columns, source: str) -> Screen:
-    _refuse_duplicates(stored.genes)
+    refuse_duplicates(stored.genes)
     design = recognize(stored.obs, stored.genes, columns)
     judged = scale(survey(stored.values), columns.units)
     order = np.argsort(design.codes, kind="stable")
@@ -248,7 +248,8 @@ def _assemble(stored: Stored, columns: Columns, source: str) -> Screen:
     )
 
 
-def _refuse_duplicates(genes: Sequence[str]) -> None:
+def refuse_duplicates(genes: Sequence[str]) -> None:
+    """Refuse genes that occur twice."""
     twice = sorted(gene for gene, times in Counter(genes).items() if times > 1)
     if twice:
         raise UserError(

@@ -1,0 +1,214 @@
+"""What is in a file, what is wrong with it, and how to mend it: all at once, and never an error."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from knockon.data.conventions import Columns
+from knockon.data.recognize import (
+    PERTURBATION_COLUMNS,
+    Design,
+    read_covariates,
+    read_doses,
+    recognize,
+)
+from knockon.data.screen import refuse_duplicates
+from knockon.data.splits import singles
+from knockon.data.store import Stored, load
+from knockon.data.values import Scale, Survey, scale, survey
+from knockon.types import Label, UserError
+
+T = TypeVar("T")
+FEW = 10
+"""Cells below which the mean of a condition is mostly noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something to know about a file.
+
+    Parameters
+    ----------
+    fault
+        Whether the file cannot be used as it is; otherwise it is a remark.
+    text
+        What was found and what mends it, in plain words.
+    """
+
+    fault: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What ``inspect`` found.
+
+    Parameters
+    ----------
+    path
+        The file.
+    facts
+        Names and values, in the order of reading.
+    findings
+        Faults first.
+    """
+
+    path: Path
+    facts: tuple[tuple[str, str], ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def faults(self) -> tuple[Finding, ...]:
+        """What keeps the file from being used."""
+        return tuple(finding for finding in self.findings if finding.fault)
+
+    def lines(self) -> Iterator[str]:
+        """Give the report line by line, for the command line."""
+        yield str(self.path)
+        width = max((len(name) for name, _ in self.facts), default=0)
+        yield from (f"  {name:<{width}}  {value}" for name, value in self.facts)
+        yield from (f"{'FAULT ' if finding.fault else 'remark'}  {finding.text}" for finding in self.findings)
+        yield f"{len(self.faults)} faults" if self.faults else "Nothing keeps this file from being used."
+
+
+def inspect(path: str | Path, columns: Columns = Columns()) -> Report:  # noqa: B008 - frozen
+    """Read a file as ``Screen.read`` would, and list everything that is in its way.
+
+    Parameters
+    ----------
+    path
+        An ``.h5ad`` or ``.zarr``, in whatever state.
+    columns
+        As they would be given to ``Screen.read``.
+    """
+    faults: list[str] = []
+    stored = _attempt(faults, partial(load, Path(path), layer=columns.layer))
+    if stored is None and columns.layer is not None:
+        stored = _attempt([], load, Path(path))  # what else is wrong can be said without the layer
+    if stored is None:
+        return _report(path, faults, [], [])
+    _attempt(faults, refuse_duplicates, stored.genes)
+    design = _design(stored, columns, faults)
+    looks = survey(stored.values)
+    judged = _values(looks, columns, faults)
+    facts = [*_size(stored, looks, judged), *(_conditions(design) if design else [])]
+    remarks = [*_names(stored), *(_weak(design, stored.genes) if design else [])]
+    return _report(path, faults, facts, remarks)
+
+
+def _report(
+    path: str | Path, faults: Sequence[str], facts: Sequence[tuple[str, str]], remarks: Sequence[str]
+) -> Report:
+    found = [Finding(fault=True, text=text) for text in dict.fromkeys(faults)]
+    found += [Finding(fault=False, text=text) for text in remarks]
+    return Report(path=Path(path), facts=tuple(facts), findings=tuple(found))
+
+
+def _attempt(faults: list[str], action: Callable[..., T], *arguments: object) -> T | None:
+    """Do something that may meet a fault, and note the fault."""
+    try:
+        return action(*arguments)
+    except UserError as error:
+        faults.append(str(error))
+        return None
+
+
+def _design(stored: Stored, columns: Columns, faults: list[str]) -> Design | None:
+    """Recognize what was done to the cells; after a fault, look for others that it hides."""
+    design = _attempt(faults, recognize, stored.obs, stored.genes, columns)
+    if design is None:
+        keys = [key for key in (columns.perturbation_key, *PERTURBATION_COLUMNS) if key in stored.obs.columns]
+        known = stored.obs.dropna(subset=keys[:1])
+        _attempt(faults, recognize, known, stored.genes, replace(columns, covariate_keys=(), dose_key=None))
+        _attempt(faults, read_covariates, stored.obs, columns.covariate_keys, [])
+        _attempt(faults, read_doses, stored.obs, columns.dose_key, [])
+    return design
+
+
+def _values(looks: Survey, columns: Columns, faults: list[str]) -> Scale | None:
+    """Judge the values; each sort of fault hides the next, so each is looked for alone."""
+    clean = replace(looks, nonfinite=[], negative=[])
+    _attempt(faults, scale, replace(clean, nonfinite=looks.nonfinite), columns.units)
+    _attempt(faults, scale, replace(clean, negative=looks.negative), columns.units)
+    return _attempt(faults, scale, clean, columns.units)
+
+
+def _size(stored: Stored, looks: Survey, judged: Scale | None) -> Iterator[tuple[str, str]]:
+    cells, genes = len(stored.obs), len(stored.genes)
+    yield "cells", f"{cells:,}"
+    yield "genes", f"{genes:,}"
+    yield "zeros", f"{1 - looks.stored / max(1, cells * genes):.1%}"
+    if judged is not None:
+        total = f", {judged.total:g} per cell" if judged.total else ""
+        yield "values", f"{judged.units}{total}, largest {looks.largest:g}"
+
+
+def _conditions(design: Design) -> Iterator[tuple[str, str]]:
+    counts = np.bincount(design.codes, minlength=len(design.labels))
+    treated = counts[[not label.is_control for label in design.labels]]
+    yield "control cells", f"{counts.sum() - treated.sum():,}"
+    yield "conditions", f"{len(treated):,}"
+    if len(treated):
+        low, middle, high = np.quantile(treated, [0.05, 0.5, 0.95])
+        yield "cells in each", f"median {middle:g}, 5 % to 95 %: {low:g} to {high:g}"
+    wide = [label for label in design.labels if len(label.perturbations) > 1]
+    yield (
+        "single perturbations",
+        str(len({label for label in design.labels if len(label.perturbations) == 1})),
+    )
+    yield "combinations", f"{len(wide)}, of which {len(_additive(design, wide))} have all their singles"
+    for covariate in design.covariates:
+        yield covariate.name, f"{len(covariate.levels)} levels: {', '.join(covariate.levels[:6])}"
+    doses = sorted({dose for label in design.labels for dose in label.doses if dose})
+    if doses:
+        yield "doses", f"{len(doses)}, from {doses[0]:g} to {doses[-1]:g} {design.dose_unit or '(no unit)'}"
+    yield from (("recognized", note) for note in design.notes)
+
+
+def _additive(design: Design, wide: Sequence[Label]) -> list[Label]:
+    return [label for label in wide if set(singles(label)) <= set(design.labels)]
+
+
+def _names(stored: Stored) -> Iterator[str]:
+    """Remark on names of genes, cells and columns."""
+    folded = Counter(gene.upper() for gene in set(stored.genes))
+    alike = [gene for gene in stored.genes if folded[gene.upper()] > 1]
+    if alike:
+        yield f"Genes that differ only in capitals: {', '.join(alike[:3])}. Rename them if they are the same gene."
+    if stored.obs.index.duplicated().any():
+        yield "Names of cells occur twice. Write adata.obs_names_make_unique() to tell them apart."
+    for name, column in stored.obs.items():
+        if isinstance(column.dtype, pd.CategoricalDtype) and (column.value_counts() == 0).any():
+            yield f"obs[{name!r}] knows values that no cell has; they are left out."
+
+
+def _weak(design: Design, genes: Sequence[str]) -> Iterator[str]:
+    """Remark on what can be used but will disappoint."""
+    counts = np.bincount(design.codes, minlength=len(design.labels))
+    few = [str(label) for label, count in zip(design.labels, counts, strict=True) if count < FEW]
+    if few:
+        named = ", ".join(few[:3])
+        yield f"{len(few)} conditions have fewer than {FEW} cells, so their scores will be noise: {named}."
+    alone = [str(la) for la in design.labels if not la.is_control and la.control() not in design.labels]
+    if alone:
+        yield f"{len(alone)} conditions have no control cells in their context: {', '.join(alone[:3])}."
+    names = {name for label in design.labels for name in label.perturbations}
+    spelled = Counter(name.upper() for name in names)
+    alike = sorted(name for name in names if spelled[name.upper()] > 1)
+    if alike:
+        yield f"Perturbations that differ only in capitals: {', '.join(alike[:3])}. Write each in one way."
+    inside = len(names & set(genes))
+    ensembl = np.mean([gene.startswith("ENS") for gene in genes]) > 0.5
+    if names and not inside and ensembl:
+        yield (
+            "Genes are Ensembl numbers and perturbations are not, so none of them is found in the panel. "
+            "Write adata.var_names = adata.var['gene_name'] where there is such a column."
+        )
+    elif inside:
+        yield f"{inside} of {len(names)} perturbations are genes of the panel."

@@ -4,21 +4,23 @@ import argparse
 import dataclasses
 import logging
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
+import pandas as pd
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from knockon import compare as comparing
 from knockon import models
+from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
-from knockon.data.screen import Screen
-from knockon.evaluate import report, suites
+from knockon.data.screen import Screen, read
+from knockon.evaluate import report, scores, tables
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.progress import bar
@@ -30,16 +32,16 @@ log = logging.getLogger("knockon")
 Flat = arg(name="")  # the fields of a group become options of the command, without a prefix
 
 
-class Command(Protocol):
+class Command(ABC):
     """What every command is."""
 
+    @abstractmethod
     def run(self) -> None:
         """Do the work."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect:
+class Inspect(Command):
     """Say what is in a file, what is wrong with it, and how to mend it."""
 
     data: Positional[Path]
@@ -53,7 +55,7 @@ class Inspect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Simulate:
+class Simulate(Command):
     """Write a simulated screen whose true responses are known."""
 
     out: Positional[Path]
@@ -83,7 +85,7 @@ class Simulate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Command):
     """Decide which conditions are held out, and write it down."""
 
     data: Positional[Path]
@@ -103,9 +105,7 @@ class Split:
     def run(self) -> None:
         """Split, look for leaks, and write."""
         screen = _read(self.data, self.columns)
-        split = splits.make(
-            self.kind, screen, seed=self.seed, fraction=self.fraction, holdout=self.holdout
-        )
+        split = splits.make(self.kind, screen, seed=self.seed, fraction=self.fraction, holdout=self.holdout)
         for leak in splits.audit(split, screen):
             log.warning("Leak: %s", leak)
         split.write(self.out)
@@ -114,7 +114,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(Command):
     """Train one model."""
 
     name: Positional[str]
@@ -157,7 +157,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class Predict(Command):
     """Generate cells of conditions and write them as .h5ad."""
 
     folder: Positional[Path]
@@ -198,7 +198,7 @@ class Predict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(Command):
     """Score predicted cells against real ones, between a floor and a ceiling."""
 
     pred: Path
@@ -212,44 +212,43 @@ class Evaluate:
     suite: Literal["core"] = "core"
     """Which metrics, by which conventions."""
     seed: int = 0
-    """Seed of the halves of the ceiling, of the baselines' cells and of the bootstrap."""
+    """Seed of the halves of the ceiling and of the baselines' cells."""
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:
         """Score, print and write."""
-        raise NotImplementedError
+        screen = _read(self.real, self.columns)
+        split = splits.make(self.split, screen)
+        long = scores.evaluate(self.pred, screen, split, suite=self.suite, seed=self.seed)
+        _table(tables.write(long, self.out))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(Command):
     """Train, predict and score several models, and print one table."""
 
     data: Path
     """A screen: .h5ad or .zarr."""
     out: Path
     """Folder of the comparison; running it again does only what is missing."""
-    models: tuple[str, ...] = ("no_effect", "mean_shift", "additive", "scdfm")
-    """Names, or name:preset."""
     split: str = "additive"
     """A kind of split, or a .json."""
-    cells: int = 256
-    """Predicted cells of each condition."""
-    steps: int | None = None
-    """Training steps of every model that has any; each preset's own without it."""
-    seed: int = 0
-    """Seed of training and prediction."""
-    suite: Literal["core"] = "core"
-    """Which metrics, by which conventions."""
+    comparison: Annotated[Comparison, Flat] = Comparison()
     options: Annotated[Options, Flat] = Options()
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:
-        """Compare and print."""
-        raise NotImplementedError
+        """Compare, print and report."""
+        screen = _read(self.data, self.columns)
+        split = splits.make(self.split, screen)
+        summary = compare(screen, split, out=self.out, comparison=self.comparison, options=self.options)
+        _table(summary)
+        report.write(self.out, self.out / "report.html")
+        _print(f"{self.out / 'report.html'}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Command):
     """Write one HTML file about a comparison."""
 
     folder: Positional[Path]
@@ -316,10 +315,14 @@ def _option(arguments: Sequence[str], name: str) -> list[str]:
 
 def _read(path: Path, columns: Columns) -> Screen:
     """Read a screen and say what was recognized."""
-    screen = Screen.read(path, **dataclasses.asdict(columns))
+    screen = read(path, columns)
     for note in screen.notes:
         log.info(note)
     return screen
+
+
+def _table(summary: pd.DataFrame) -> None:
+    Console(width=None if sys.stdout.isatty() else 200).print(tables.render(summary))
 
 
 def _print(line: str) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
 from knockon.evaluate.pairs import Pairs, Truth
-from knockon.files import digest, write_text, written_aside
+from knockon.evaluate.tables import write
+from knockon.files import digest, written_aside
 from knockon.model import Recipe
+from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import Refusal
 from knockon.progress import bar
 from knockon.run import RECORD, Run
@@ -62,19 +63,64 @@ def compare(
         The summary: ``model, metric, mean, low, high, floor, ceiling, calibrated``.
     """
     folder = Path(out)
-    names = [*(name for name in ANCHORS if name not in _canonical(comparison.models)), *comparison.models]
-    recipes = {name.replace(":", "-"): _recipe(name, comparison) for name in _canonical(names)}
+    recipes = _recipes(comparison)
     _announce(screen, split)
-    tables, truth = [], None
+    found: list[pd.DataFrame] = []
+    truth: Truth | None = None
     for name, recipe in recipes.items():
         log.info("%s ...", name)
         run = train(recipe, screen, split, out=folder / "runs" / name, options=options)
         truth = truth or Truth.of(run.screen, split)
         try:
-            predicted = _predict(run, folder / "predictions" / f"{name}.h5ad", comparison, quiet=options.quiet)
+            predicted = _predicted(
+                run, folder / "predictions" / f"{name}.h5ad", comparison, quiet=options.quiet
+            )
         except Refusal as refusal:
             log.warning("%s is left out. %s", name, refusal)
             continue
-        table = suites.score(Pairs.align(predicted, truth), comparison.suite)
-        tables.append(table.assign(model=name))
-    ...
+        found.append(suites.score(Pairs.align(predicted, truth), comparison.suite).assign(model=name))
+    if truth is None or not found:
+        raise UserError("No model could predict the test conditions", mend="choose other --models")
+    top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=scores.CEILING)
+    return write(pd.concat([*found, top], ignore_index=True), folder)
+
+
+def _recipes(comparison: Comparison) -> dict[str, Recipe]:
+    """Models by the name of their run, the anchors first, with what all of them share."""
+    asked = [text.replace("-", "_") for text in comparison.models]
+    recipes = {}
+    for text in (*(name for name in ANCHORS if name not in asked), *asked):
+        name, _, preset = text.partition(":")
+        recipe = models.recipe(name, preset or "default")
+        training = dataclasses.replace(recipe.train, seed=comparison.seed)
+        if training.steps and comparison.steps is not None:
+            training = dataclasses.replace(training, steps=comparison.steps)
+        recipes[text.replace(":", "-")] = dataclasses.replace(recipe, train=training)
+    if "additive" in recipes:
+        recipes["additive"] = Recipe(model=AdditiveConfig(missing="mean"))
+    return recipes
+
+
+def _announce(screen: Screen, split: Split) -> None:
+    """Say what stands in where the additive baseline lacks a single."""
+    measured = {label.everywhere for label in (*split.train, *split.validation)}
+    tested = {label.everywhere for label in split.test}
+    lacking = sorted({str(s) for label in tested - measured for s in singles(label) if s not in measured})
+    if lacking:
+        log.info(
+            "additive: the mean effect stands in for what was not measured alone: %s", ", ".join(lacking)
+        )
+
+
+def _predicted(run: Run, path: Path, comparison: Comparison, *, quiet: bool) -> anndata.AnnData:
+    """Cells of the test conditions, from the file where an earlier comparison wrote them."""
+    if path.exists():
+        earlier = anndata.read_h5ad(path)
+        made = earlier.uns["knockon"]
+        if made["run"] == digest(run.folder / RECORD) and made["cells"] == comparison.cells:
+            return earlier
+    with bar("predicting", total=len(run.split.test), quiet=quiet) as advance:
+        predicted = run.predict("test", cells=comparison.cells, seed=comparison.seed, advance=advance)
+    with written_aside(path) as aside:
+        predicted.write_h5ad(aside)
+    return predicted

@@ -76,6 +76,8 @@ class Training:
     """Sets (conditions) in a batch."""
     cells: int = 48
     """Cells of a set."""
+    with_replacement: bool = False
+    """Draw a set's cells with replacement; otherwise only where a condition has fewer cells than a set."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Adam, or AdamW with its decoupled weight decay."""
     lr: float = 1e-3

@@ -92,8 +92,9 @@ def generate(
 
 
 def _device(model: Model) -> torch.device:
-    tensor = next((*model.parameters(), *model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def _seed(seed: int, label: Label) -> list[int]:

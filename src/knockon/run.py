@@ -16,7 +16,7 @@ from knockon import models
 from knockon.data import conventions, prepare, splits
 from knockon.data.conventions import Columns
 from knockon.data.prepare import Preparation
-from knockon.data.screen import Screen
+from knockon.data.screen import Screen, read
 from knockon.data.splits import Part, Split
 from knockon.files import digest, from_plain, read_json, write_json, written_aside
 from knockon.model import Model, ModelConfig, Training, load_weights, save_weights
@@ -198,7 +198,7 @@ class Run:
         """
         labels = self.resolve(conditions)
         predicted = generate(self.model, self.screen, labels, cells=cells, seed=seed, advance=advance)
-        return self._sign(predicted, seed)
+        return self._sign(predicted, cells=cells, seed=seed)
 
     def resolve(self, conditions: Sequence[str | Label] | Part) -> list[Label]:
         """Conditions as labels; a perturbation without context is meant in every context."""
@@ -217,7 +217,7 @@ class Run:
     def _parse(self, text: str) -> Label:
         return conventions.parse(text, known=self.model.spec.perturbations)
 
-    def _sign(self, predicted: anndata.AnnData, seed: int) -> anndata.AnnData:
+    def _sign(self, predicted: anndata.AnnData, *, cells: int, seed: int) -> anndata.AnnData:
         """Note in a prediction where it is from, and on which scale it is."""
         spec = self.model.spec
         predicted.uns["knockon"] = {
@@ -226,6 +226,7 @@ class Run:
             "screen": self.record.screen,
             "split": self.split.kind,
             "split_digest": self.record.files[SPLIT],
+            "cells": cells,
             "seed": seed,
             "units": spec.units,
             "total": -1.0 if spec.total is None else spec.total,
@@ -265,7 +266,7 @@ def _read_screen(record: Record, folder: Path, told: str | Path | None) -> Scree
             f"The screen of the run in {folder} is not where it was ({record.source or 'made in memory'})",
             mend="say where it is with --data, or in Python with screen=",
         )
-    return Screen.read(path, **dataclasses.asdict(record.columns))
+    return read(path, record.columns)
 
 
 def save_run(folder: Path, model: Model, record: Record) -> Record:

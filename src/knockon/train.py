@@ -125,9 +125,7 @@ def _name(config: ModelConfig) -> str:
     return type(config).__module__.rpartition(".")[2]
 
 
-def _set_up(
-    recipe: Recipe, screen: Screen, split: Split, options: Options
-) -> tuple[Model, Screen, Record]:
+def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> tuple[Model, Screen, Record]:
     """Prepare the screen, build the model and fit its statistics, on training cells only.
 
     A model without training steps chooses nothing on validation conditions and learns from them too.
@@ -307,6 +305,7 @@ def _sampler(
         cells=training.cells,
         seed=training.seed,
         device=device,
+        replace=training.with_replacement,
     )
     for note in sampler.notes:
         log.info(note)
@@ -323,7 +322,9 @@ def _due(step: int, every: int) -> bool:
 
 def _optimizer(network: Model, training: Training) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-    return kind(network.parameters(), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay)
+    return kind(
+        network.parameters(), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
+    )
 
 
 @torch.no_grad()

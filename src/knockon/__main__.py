@@ -1,0 +1,5 @@
+"""``python -m knockon`` is the command ``knockon``."""
+
+from knockon.cli import main
+
+main()

@@ -1,0 +1,214 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from knockon import models
+from knockon.cli import main
+from knockon.data import simulate, splits
+from knockon.data.screen import Screen
+from knockon.data.splits import Split
+from knockon.files import digest
+from knockon.model import Losses, Model, Recipe, Training
+from knockon.run import LOG, WEIGHTS, Run
+from knockon.train import CHECKPOINT, Options, learning_rate, train
+from knockon.types import CellSets, UserError
+
+
+@pytest.fixture(scope="module")
+def screen() -> Screen:
+    return Screen.from_anndata(simulate.simulate(simulate.tiny()))
+
+
+@pytest.fixture(scope="module")
+def split(screen: Screen) -> Split:
+    return splits.additive(screen)
+
+
+def recipe(**changes: object) -> Recipe:
+    """A small scDFM with dropout, an average and validation: all that resuming could get wrong."""
+    small = models.recipe("scdfm", "small")
+    training = {
+        "steps": 6,
+        "ema": 0.9,
+        "clip": 1.0,
+        "checkpoint_every": 2,
+        "validate_every": 2,
+        "log_every": 1,
+    }
+    training |= {"validate_cells": 8, "cells": 8, **changes}
+    return Recipe(
+        model=dataclasses.replace(small.model, dropout=0.1),
+        train=dataclasses.replace(small.train, **training),
+    )
+
+
+def test_learning_rate_follows_the_published_cosine() -> None:
+    training = Training(steps=20, lr=5e-5, final_lr=1e-6)
+    assert learning_rate(0, training) == pytest.approx(5e-5)
+    assert learning_rate(10, training) == pytest.approx((5e-5 + 1e-6) / 2)
+    assert learning_rate(20, training) == pytest.approx(1e-6)
+
+
+def test_learning_rate_agrees_with_the_released_schedule(shared: Path) -> None:
+    with np.load(shared / "parity" / "scdfm.npz") as parity:
+        training = Training(
+            steps=int(parity["schedule/steps"]),
+            lr=float(parity["schedule/lr_max"]),
+            final_lr=float(parity["schedule/lr_min"]),
+        )
+        rates = [learning_rate(step, training) for step in range(len(parity["schedule/lr"]))]
+        np.testing.assert_allclose(rates, parity["schedule/lr"], rtol=1e-9)
+
+
+def test_warm_up_rises_to_the_top() -> None:
+    training = Training(steps=100, lr=1.0, warmup=10)
+    rates = [learning_rate(step, training) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+class Stop(Exception):
+    """What kills a training run in these tests."""
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "stop"),
+    [("latent_additive", "default", 1), ("latent_additive", "default", 5), ("scdfm", "small", 3)],
+)
+def test_a_stopped_run_continues_to_the_same_bits(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, preset: str, stop: int
+) -> None:
+    asked = recipe(name, preset)
+    whole = train(asked, screen, split, out=tmp_path / "whole")
+    kill_after(monkeypatch, type(whole.model), stop)
+    with pytest.raises(Stop):
+        train(asked, screen, split, out=tmp_path / "parts")
+    monkeypatch.undo()
+    assert (tmp_path / "parts" / CHECKPOINT).exists() == (stop >= 2)
+    parts = train(asked, screen, split, out=tmp_path / "parts")
+    assert digest(parts.folder / WEIGHTS) == digest(whole.folder / WEIGHTS)
+    assert (parts.folder / LOG).read_text() == (whole.folder / LOG).read_text()
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, kind: type[Model], steps: int) -> None:
+    original, count = kind.loss, iter(range(steps))
+
+    def loss(self: Model, batch: CellSets, rng: torch.Generator) -> Losses:
+        if next(count, None) is None:
+            raise Stop
+        return original(self, batch, rng)
+
+    monkeypatch.setattr(kind, "loss", loss)
+
+
+@pytest.mark.slow
+def test_a_killed_process_continues_to_the_same_bits(tmp_path: Path) -> None:
+    """kill -9 in the middle of training, from outside."""
+    main(["simulate", f"{tmp_path}/tiny.h5ad", "--preset", "tiny"])
+    command = [sys.executable, "-m", "knockon", "train", "latent_additive", "--data", f"{tmp_path}/tiny.h5ad"]
+    command += ["--train.steps", "600", "--train.checkpoint-every", "50", "--device", "cpu"]
+    subprocess.run([*command, "--out", f"{tmp_path}/whole"], check=True, capture_output=True)
+    process = subprocess.Popen([*command, "--out", f"{tmp_path}/parts"], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "parts" / CHECKPOINT).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "parts" / WEIGHTS).exists()
+    subprocess.run([*command, "--out", f"{tmp_path}/parts"], check=True, capture_output=True)
+    assert digest(tmp_path / "parts" / WEIGHTS) == digest(tmp_path / "whole" / WEIGHTS)
+
+
+def test_the_seed_decides(screen: Screen, split: Split, tmp_path: Path) -> None:
+    runs = [
+        train(recipe(seed=seed), screen, split, out=tmp_path / name) for name, seed in (("a", 1), ("b", 2))
+    ]
+    first, second = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
+    assert not torch.equal(first, second)
+
+
+def test_training_leaves_the_global_generator_alone(screen: Screen, split: Split, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    train(recipe(), screen, split, out=tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_patience_stops_and_the_best_weights_are_kept(screen: Screen, split: Split, tmp_path: Path) -> None:
+    diverging = recipe(steps=40, lr=0.3, clip=0.0, patience=2, ema=0.0, validate_every=1, schedule="constant")
+    run = train(diverging, screen, split, out=tmp_path / "run")
+    lines = [json.loads(line) for line in (run.folder / LOG).read_text().splitlines()]
+    scores = [line["validation"] for line in lines if "validation" in line]
+    assert run.record.steps < 40
+    assert len(scores) >= 3
+    assert min(scores) not in scores[-2:]
+
+
+def test_a_finished_run_is_not_trained_again(screen: Screen, split: Split, tmp_path: Path) -> None:
+    first = train("additive", screen, split, out=tmp_path / "run")
+    changed = (first.folder / WEIGHTS).stat().st_mtime_ns
+    train("additive", screen, split, out=tmp_path / "run")
+    assert (first.folder / WEIGHTS).stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"steps": 7}])
+def test_another_run_in_the_folder_is_refused(
+    screen: Screen, split: Split, tmp_path: Path, change: dict
+) -> None:
+    train(recipe(), screen, split, out=tmp_path / "run")
+    with pytest.raises(UserError, match="differs from this one: train"):
+        train(recipe(**change), screen, split, out=tmp_path / "run")
+    with pytest.raises(UserError, match="split"):
+        train(recipe(), screen, splits.random(screen, seed=1), out=tmp_path / "run")
+
+
+def test_divergence_is_a_message(screen: Screen, split: Split, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="diverged at step"):
+        train(
+            recipe(steps=200, lr=1e9, clip=0.0, ema=0.0, validate_every=0, schedule="constant"),
+            screen,
+            split,
+            out=tmp_path / "run",
+        )
+
+
+def test_bf16_and_averages_train(screen: Screen, split: Split, tmp_path: Path) -> None:
+    run = train(recipe(precision="bf16", steps=2), screen, split, out=tmp_path / "run")
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.model.parameters())
+
+
+def test_an_unwritable_folder_is_a_message(screen: Screen, split: Split, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write"):
+        train("no_effect", screen, split, out=tmp_path / "file" / "run")
+
+
+def test_test_cells_are_out_of_reach(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies in the rows of test conditions, the run is the same."""
+    spoiled = screen.matrix.copy()
+    rows = np.concatenate([screen.rows[label] for label in split.test])
+    for row in rows:
+        spoiled.data[spoiled.indptr[row] : spoiled.indptr[row + 1]] = 3.0
+    other = dataclasses.replace(screen, matrix=spoiled)
+    short = recipe("scdfm", "small", steps=2, validate_every=0)
+    asked: list[tuple[str | Recipe, Options]] = [(name, Options()) for name in ("additive", "linear", "nearest")]
+    for model, options in [*asked, (short, Options(genes=40))]:
+        a = train(model, screen, split, out=tmp_path / f"a{len(list(tmp_path.iterdir()))}", options=options)
+        b = train(model, other, split, out=tmp_path / f"b{len(list(tmp_path.iterdir()))}", options=options)
+        assert a.record.preparation == b.record.preparation
+        assert digest(a.folder / WEIGHTS) == digest(b.folder / WEIGHTS)
+
+
+def test_a_run_in_python_predicts_at_once(screen: Screen, split: Split, tmp_path: Path) -> None:
+    run = train("no_effect", screen, split, out=tmp_path / "run")
+    assert isinstance(run, Run)
+    assert run.predict("test", cells=3).n_obs > 3

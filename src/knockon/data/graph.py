@@ -23,10 +23,11 @@ def moments(
         Take ``log1p`` of the values first, whatever they are.
     """
     cells = len(rows)
-    mean = sum(block.sum(axis=0) for block in _dense(matrix, rows, second_log=second_log)) / cells
-    squares = np.zeros_like(mean)
+    mean = squares = np.zeros(1)
     for block in _dense(matrix, rows, second_log=second_log):
-        squares += np.square(block - mean).sum(axis=0)
+        mean = mean + block.sum(axis=0) / cells
+    for block in _dense(matrix, rows, second_log=second_log):
+        squares = squares + np.square(block - mean).sum(axis=0)
     std = np.sqrt(squares / max(1, cells - 1))
     return mean, np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, 0.0)
 
@@ -76,13 +77,15 @@ def neighbors(
         own = np.arange(len(strength))
         strength[own, start + own] = -1.0
         selected.append(np.argpartition(-strength, k, axis=1)[:, :k])
-    row, column = np.repeat(np.arange(genes), k), np.concatenate(selected).ravel()
-    weights = correlations[row, column]
-    directed = sp.csr_matrix((np.abs(weights) if negative else weights, (row, column)), (genes, genes))
-    mutual = directed.maximum(directed.T)
-    mutual.setdiag(1.0)
-    mutual.eliminate_zeros()
-    return mutual.astype(bool).sorted_indices()
+    every = np.arange(genes)
+    row = np.concatenate([every, np.repeat(every, k)])
+    column = np.concatenate([every, np.concatenate(selected).ravel()])
+    weights = np.abs(correlations[row, column]) if negative else correlations[row, column]
+    directed = sp.csr_matrix((weights, (row, column)), (genes, genes))
+    graph = sp.csr_matrix(directed.maximum(directed.T))
+    graph.eliminate_zeros()
+    graph.sort_indices()
+    return sp.csr_matrix(graph, dtype=bool)
 
 
 def smallest(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "genes"]:

@@ -17,8 +17,11 @@ from knockon.data import graph
 from knockon.data.values import Matrix
 from knockon.dynamics import discrepancy, flow, solve
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
+from knockon.models._released_scdfm import from_released
 from knockon.nn.pad import Architecture, Known, PADTransformer
 from knockon.types import CellSets, Condition, Spec
+
+__all__ = ["SCDFM", "Config", "Pairs", "default", "from_released", "paper", "small"]
 
 if TYPE_CHECKING:
     from knockon.data.screen import Screen

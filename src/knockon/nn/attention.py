@@ -53,31 +53,34 @@ class DifferentialAttention(Attention):
         """Project the reference: both keys, or queries and keys of the second map."""
         return split_heads(self.from_reference(reference), 2, self.heads)
 
-    def context(
-        self,
-        state: Float[Tensor, "cells genes dim"],
-        reference: Heads,
-    ) -> Float[Tensor, "cells heads genes head"]:
-        """Compute ``(A1 - lambda A2) V`` of each head."""
+    def both(self, state: Float[Tensor, "cells genes dim"], reference: Heads) -> Heads:
+        """Project the state: queries and keys of the first map, those of the second, and values."""
         first, second, values = split_heads(self.from_state(state), 3, self.heads)
         if self.reference == "state":
-            q1, q2, (k1, k2) = first, second, reference
-        else:
-            q1, k1, (q2, k2) = first, second, reference
+            return first, reference[0], second, reference[1], values
+        return first, second, *reference, values
+
+    def context(
+        self, state: Float[Tensor, "cells genes dim"], reference: Heads
+    ) -> Float[Tensor, "cells heads genes head"]:
+        """Compute ``(A1 - lambda A2) V`` of each head."""
+        q1, k1, q2, k2, values = self.both(state, reference)
         plus = functional.scaled_dot_product_attention(q1, k1, values)
         minus = functional.scaled_dot_product_attention(q2, k2, values)
         return plus - self.weight().to(minus.dtype) * minus
 
+    def normalize(
+        self, context: Float[Tensor, "cells heads genes head"]
+    ) -> Float[Tensor, "cells heads genes head"]:
+        """Bring every head to the same size, which the difference of two maps leaves open."""
+        return functional.rms_norm(context, self.scale.shape, self.scale, eps=1e-5)
+
     def forward(
-        self,
-        state: Float[Tensor, "cells genes dim"],
-        reference: Heads,
+        self, state: Float[Tensor, "cells genes dim"], reference: Heads
     ) -> Float[Tensor, "cells genes dim"]:
         """Attend; ``reference`` is what ``project`` made."""
-        context = self.context(state, reference)
-        normed = functional.rms_norm(context, self.scale.shape, eps=1e-5)
-        gain = (1 - self.initial) * self.scale
-        return self.out((normed * gain.to(normed.dtype)).transpose(1, 2).flatten(-2))
+        normed = (1 - self.initial) * self.normalize(self.context(state, reference))
+        return self.out(normed.transpose(1, 2).flatten(-2))
 
 
 class SoftmaxAttention(Attention):

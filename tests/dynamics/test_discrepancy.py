@@ -63,18 +63,18 @@ def test_sets_do_not_depend_on_each_other(samples):
 
 def test_unbiased_estimates_vanish_on_average(rng):
     x, y = torch.randn(2, 4000, 6, 3, generator=rng, dtype=torch.float64)
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(4000, 1, dtype=torch.float64)
     for values in (discrepancy.mmd_per_kernel(x, y, one), discrepancy.energy_distance(x, y)):
         assert abs(values.mean()) < 4 * values.std() / math.sqrt(len(values))
 
 
 def test_energy_distance_of_shifted_gaussians(rng):
     """2 E|X-Y| - E|X-X'| - E|Y-Y'| in one dimension, where E|N(m, 2)| is known."""
-    x = torch.randn(4000, 1, generator=rng, dtype=torch.float64)
-    y = torch.randn(4000, 1, generator=rng, dtype=torch.float64) + 1
+    x = torch.randn(1500, 1, generator=rng, dtype=torch.float64)
+    y = torch.randn(1500, 1, generator=rng, dtype=torch.float64) + 1
     folded = 2 / math.sqrt(math.pi) * math.exp(-0.25) + math.erf(0.5)
     truth = 2 * folded - 2 * 2 / math.sqrt(math.pi)
-    assert discrepancy.energy_distance(x, y).item() == pytest.approx(truth, abs=0.05)
+    assert discrepancy.energy_distance(x, y).item() == pytest.approx(truth, abs=0.1)
 
 
 def test_the_biased_energy_distance_is_zero_only_for_the_same_sample(samples):

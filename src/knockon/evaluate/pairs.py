@@ -66,7 +66,7 @@ class Truth:
         test = _part(screen, split.test, "test")
         train = _part(screen, (*split.train, *split.validation), "training")
         units, screen = screen.units, _in_log1p(screen, train)
-        means = screen.means()
+        means = {label: mean(_cells(screen, screen.rows[label])) for label in screen.conditions}
         controls = {context: mean(_cells(screen, rows)) for context, rows in _controls(screen).items()}
         centroids = _centroids({label: means[label] for label in train}, controls)
         own = np.array([screen.conditions.index(label) for label in test])
@@ -342,7 +342,7 @@ def _matrix(adata: AnnData, truth: Truth, declared: Units | None) -> tuple[sp.cs
         raise UserError("The prediction has no X", expected=f"values in {truth.units}")
     about = adata.uns.get("knockon", {})
     matrix = sp.csr_matrix(adata.X, copy=True)
-    units = values.scale(matrix, declared or about.get("units")).units
+    units = values.scale(values.survey(matrix), declared or about.get("units")).units
     ours, theirs = truth.screen.total, float(about.get("total", -1.0))
     if units == "counts" and truth.units == "counts":
         totals = np.asarray(matrix.sum(axis=1)).ravel()

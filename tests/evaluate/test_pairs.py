@@ -1,0 +1,219 @@
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from knockon.evaluate.pairs import Pairs, Truth
+from knockon.types import Label, UserError
+
+
+def test_spellings_and_order_of_a_prediction_do_not_matter(screen, split, prediction):
+    pairs = Pairs.of(prediction, screen, split)
+    assert [str(label) for label in pairs.truth.labels] == ["A+B", "B+C", "C+D"]
+    rows = np.flatnonzero(prediction.obs["perturbation"] == "B+A")
+    np.testing.assert_allclose(pairs.cells[0].toarray(), prediction.X.toarray()[rows])
+    assert pairs.notes == ()
+
+
+def test_genes_are_aligned_by_name_and_that_is_noted(screen, split, prediction):
+    other = prediction[:, ::-1].copy()
+    wider = anndata.concat([other, _extra_gene(other)], axis=1, merge="first")
+    pairs, plain = Pairs.of(wider, screen, split), Pairs.of(prediction, screen, split)
+    assert all((x != y).nnz == 0 for x, y in zip(pairs.cells, plain.cells, strict=True))
+    assert "1 predicted genes" in pairs.notes[0]
+    assert "order" in pairs.notes[1]
+
+
+def _extra_gene(adata):
+    extra = adata[:, :1].copy()
+    extra.var_names = ["another"]
+    return extra
+
+
+def test_predicted_controls_and_training_conditions_are_not_looked_at(make, screen, split, prediction):
+    plain = Pairs.of(prediction, screen, split)
+    more = anndata.concat([make.cells(["control", "A"], seed=3), prediction], index_unique="-")
+    pairs = Pairs.of(more, screen, split)
+    assert all((x != y).nnz == 0 for x, y in zip(pairs.cells, plain.cells, strict=True))
+    assert pairs.notes == ("1 predicted conditions outside the test part are ignored",)
+
+
+def test_a_file_is_as_good_as_an_object(tmp_path, screen, split, prediction):
+    prediction.write_h5ad(tmp_path / "pred.h5ad")
+    from_file = Pairs.of(tmp_path / "pred.h5ad", screen, split)
+    assert (from_file.cells[0] != Pairs.of(prediction, screen, split).cells[0]).nnz == 0
+
+
+def means_of(screen):
+    return {label: screen.cells_of(label).mean(0, dtype=np.float64) for label in screen.labels}
+
+
+def test_the_truth_refers_to_the_real_control_and_to_what_was_not_held_out(screen, split):
+    truth, means = Truth.of(screen, split), means_of(screen)
+    control = means[Label()]
+    np.testing.assert_allclose(truth.control, np.tile(control, (3, 1)))
+    np.testing.assert_allclose(truth.centroid[0], np.mean([means[label] for label in split.train], axis=0))
+    np.testing.assert_allclose(truth.candidates[truth.own[1]], means[Label.of(["B", "C"])])
+    assert truth.rivals.sum(axis=1).tolist() == [6, 6, 6]
+    assert not truth.rivals[np.arange(3), truth.own].any()
+
+
+@pytest.fixture
+def contexts(make):
+    cells = make.cells(["control", "A", "B", "A+B"], contexts=["T", "B"])
+    return make.screen(cells, ("cell_type",))
+
+
+def test_references_and_candidates_are_of_the_same_context(make, contexts):
+    truth = Truth.of(contexts, make.split(contexts, lambda label: label.perturbation == "A+B"))
+    means = means_of(contexts)
+    for row, label in enumerate(truth.labels):
+        context = label.covariates
+        np.testing.assert_allclose(truth.control[row], means[Label(covariates=context)])
+        singles = [means[Label.of([name], covariates=context)] for name in "AB"]
+        np.testing.assert_allclose(truth.centroid[row], np.mean(singles, axis=0))
+    assert truth.rivals.sum(axis=1).tolist() == [2, 2]
+
+
+def test_the_centroid_of_a_new_context_is_its_control_with_the_mean_effect(make, contexts):
+    truth = Truth.of(contexts, make.split(contexts, lambda label: label.covariates == ("T",)))
+    means = means_of(contexts)
+    control = {c: means[Label(covariates=(c,))] for c in "BT"}
+    seen = [means[label] - control["B"] for label in contexts.conditions if label.covariates == ("B",)]
+    np.testing.assert_allclose(truth.centroid[0], control["T"] + np.mean(seen, axis=0))
+    assert "new context" in truth.notes[0]
+
+
+def test_a_context_must_be_told(make, contexts):
+    split = make.split(contexts, lambda label: label.perturbation == "A+B")
+    with pytest.raises(UserError, match="obs of the prediction lacks: cell_type"):
+        Pairs.of(make.cells(["A+B"]), contexts, split)
+    complete = make.cells(["A+B"], contexts=["T", "B"])
+    assert len(Pairs.of(complete, contexts, split).cells) == 2
+    with pytest.raises(UserError, match=r"lacks 1 of 2 test conditions: A\+B \| B"):
+        Pairs.of(make.cells(["A+B"], contexts=["T"]), contexts, split)
+
+
+def test_a_condition_with_one_cell_is_named(make):
+    lonely = make.cells(["control", "A", "B", "A+B"])[:91].copy()
+    screen = make.screen(lonely)
+    truth = Truth.of(screen, make.split(screen, lambda label: label.perturbation == "A+B"))
+    assert truth.notes == ("one real cell, so no variance and no energy distance: A+B",)
+
+
+# ---- counts ----------------------------------------------------------------------------------------
+
+
+def as_counts(adata):
+    found = adata.copy()
+    found.X = sp.csr_matrix(np.rint(np.expm1(adata.X.toarray())))
+    return found
+
+
+@pytest.fixture
+def counted(make):
+    screen = make.screen(as_counts(make.cells(["control", "A", "B", "A+B"])))
+    return screen, make.split(screen, lambda label: label.perturbation == "A+B")
+
+
+def test_counts_are_compared_as_log1p_on_both_sides(make, counted):
+    screen, split = counted
+    assert screen.units == "counts"
+    predicted = as_counts(make.cells(["A+B"], seed=1))
+    pairs = Pairs.of(predicted, screen, split)
+    totals = np.concatenate([screen.cells_of(label).sum(1) for label in (*split.train, Label())])
+    total = np.median(totals)
+    counts = predicted.X.toarray()
+    expected = np.log1p(counts / counts.sum(1, keepdims=True) * total)
+    np.testing.assert_allclose(pairs.cells[0].toarray(), expected, rtol=1e-5)
+    assert f"counts per {total:g}" in pairs.notes[0]
+
+
+def test_a_prediction_of_another_total_is_brought_to_that_of_the_truth(make, counted):
+    screen, split = counted
+    counts = as_counts(make.cells(["A+B"], seed=1))
+    scaled = counts.copy()
+    values = counts.X.toarray()
+    scaled.X = sp.csr_matrix(np.log1p(values / values.sum(1, keepdims=True) * 5000))
+    with pytest.raises(UserError, match="in log1p and the screen in counts"):
+        Pairs.of(scaled, screen, split)
+    scaled.uns["knockon"] = {"units": "log1p", "total": 5000.0}
+    pairs, plain = Pairs.of(scaled, screen, split), Pairs.of(counts, screen, split)
+    np.testing.assert_allclose(pairs.cells[0].toarray(), plain.cells[0].toarray(), rtol=1e-4)
+    assert "per 5000" in pairs.notes[-1]
+
+
+# ---- bad input -------------------------------------------------------------------------------------
+
+
+def test_missing_genes_are_named(screen, split, prediction):
+    with pytest.raises(UserError, match=r"lacks 2 of the screen's 40 genes: G38, G39"):
+        Pairs.of(prediction[:, :38].copy(), screen, split)
+
+
+def test_genes_must_be_unique(screen, split, prediction):
+    wider = anndata.concat([prediction, _extra_gene(prediction)], axis=1, merge="first")
+    wider.var_names = [*prediction.var_names, "G0"]
+    with pytest.raises(UserError, match="twice: G0"):
+        Pairs.of(wider, screen, split)
+
+
+def test_unknown_and_missing_conditions_are_named(make, screen, split):
+    with pytest.raises(UserError, match=r"that the screen has not: A\+D"):
+        Pairs.of(make.cells(["A+B", "B+C", "C+D", "A+D"]), screen, split)
+    with pytest.raises(UserError, match=r"lacks 2 of 3 test conditions: A\+B, C\+D"):
+        Pairs.of(make.cells(["B+C"]), screen, split)
+
+
+def test_a_prediction_needs_the_perturbation_column(screen, split, prediction):
+    prediction.obs = prediction.obs.rename(columns={"perturbation": "condition"})
+    with pytest.raises(UserError, match=r"lacks: perturbation.*found condition"):
+        Pairs.of(prediction, screen, split)
+
+
+@pytest.mark.parametrize(("value", "message"), [(-1.0, "Negative"), (np.nan, "finite"), (np.inf, "finite")])
+def test_impossible_values_are_refused(screen, split, prediction, value, message):
+    prediction.X.data[7] = value
+    with pytest.raises(UserError, match=message):
+        Pairs.of(prediction, screen, split)
+
+
+def test_another_scale_is_refused(screen, split, prediction):
+    with pytest.raises(UserError, match="in counts and the screen in log1p"):
+        Pairs.of(as_counts(prediction), screen, split)
+    prediction.X = prediction.X * 100
+    with pytest.raises(UserError, match="neither"):
+        Pairs.of(prediction, screen, split)
+
+
+def test_a_contradiction_to_the_declared_scale_is_refused(screen, split, prediction):
+    prediction.uns["knockon"] = {"units": "counts"}
+    with pytest.raises(UserError, match="log1p"):
+        Pairs.of(prediction, screen, split)
+
+
+def test_values_must_be_there(screen, split, prediction):
+    prediction.X = None
+    with pytest.raises(UserError, match="no X"):
+        Pairs.of(prediction, screen, split)
+
+
+def test_a_missing_and_a_truncated_file_are_refused(tmp_path, screen, split, prediction):
+    with pytest.raises(UserError, match="No such file"):
+        Pairs.of(tmp_path / "none.h5ad", screen, split)
+    prediction.write_h5ad(tmp_path / "pred.h5ad")
+    whole = (tmp_path / "pred.h5ad").read_bytes()
+    (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="Cannot read"):
+        Pairs.of(tmp_path / "cut.h5ad", screen, split)
+
+
+def test_a_split_of_another_screen_is_refused(make, screen, split, prediction):
+    smaller = make.screen(make.cells(["control", "A", "B", "C", "D"]))
+    with pytest.raises(UserError, match=r"test part of the split names conditions.*A\+B"):
+        Pairs.of(prediction, smaller, split)
+
+
+def test_an_empty_part_is_refused(make, screen, prediction):
+    with pytest.raises(UserError, match="test part of the split is empty"):
+        Pairs.of(prediction, screen, make.split(screen, lambda _: False))

@@ -108,8 +108,8 @@ def additivity(screen: Screen) -> pd.DataFrame:
             {
                 "correlation": np.corrcoef(both, double)[0, 1],
                 "slope": (both @ double - 2 * noise["control"]) / length if clear else np.nan,
-                "sum": np.linalg.norm(both),
-                "double": np.linalg.norm(double),
+                "sum": np.sqrt(max(0.0, length)),
+                "double": np.sqrt(max(0.0, double @ double - noise[name] - noise["control"])),
                 "residual": np.sqrt(max(0.0, excess)),
             }
         )
@@ -151,7 +151,7 @@ def summary(screen: Screen) -> dict[str, str]:
         "correlation with the sum": quartiles(double["correlation"]),
         "slope on the sum, without noise": quartiles(double["slope"]),
         "residual beyond noise": quartiles(double["residual"]),
-        "residual / sum": quartiles(double["residual"] / double["sum"]),
+        "residual / sum": quartiles((double["residual"] / double["sum"])[double["slope"].notna()]),
     }
 
 
@@ -169,7 +169,12 @@ def draw(screens: list[Screen], path: Path) -> None:
         ("Zeros follow the mean", "mean count of a gene", "share of zeros", _zeros),
         ("Effects of singles, free of noise", "length of the effect (log1p)", "share of singles", _lengths),
         ("Genes that a single moves", "genes with |z| > 4", "share of singles", _moved),
-        ("Doubles against the sum of singles", "length of the sum", "length of the double", _doubles),
+        (
+            "Doubles against the sum, free of noise",
+            "length of the sum of singles",
+            "length of the double",
+            _doubles,
+        ),
     ]
     for axis, (title, x, y, fill) in zip(axes.flat, panels, strict=True):
         axis.set(title=title, xlabel=x, ylabel=y)
@@ -185,20 +190,28 @@ def draw(screens: list[Screen], path: Path) -> None:
 
 
 def _library(axis: plt.Axes, screen: Screen) -> None:
-    axis.set_xscale("log")
-    bins = np.geomspace(2_000, 80_000, 50)
+    axis.set(xlim=(0, 40_000))
+    bins = np.linspace(0, 40_000, 60)
     axis.hist(screen.library, bins=bins, density=True, histtype="step", color=COLORS[screen.name])
+    axis.set(yticks=[], xticks=[0, 10_000, 20_000, 30_000, 40_000])
 
 
 def _trend(axis: plt.Axes, screen: Screen) -> None:
-    axis.set(xscale="log", yscale="log", ylim=(0.03, 10))
-    genes = moments(screen).sample(frac=1, random_state=0)[:500]
-    axis.scatter(genes["mean"], genes["dispersion"].clip(0.03), s=4, alpha=0.4, color=COLORS[screen.name])
+    """Plot genes, and the median of each decade of means as a line."""
+    axis.set(xscale="log", yscale="log", ylim=(0.03, 20), xlim=(0.05, 300))
+    genes = moments(screen)
+    genes = genes[genes["mean"] > 0.05]
+    color = COLORS[screen.name]
+    axis.scatter(genes["mean"], genes["dispersion"], s=3, alpha=0.3, color=color)
+    groups = genes.groupby((np.log10(genes["mean"]) * 2).round())
+    middle = groups.median()[groups.size() >= 5]
+    middle = middle[middle["dispersion"] > 0]
+    axis.plot(middle["mean"], middle["dispersion"], color=color, lw=1.8)
 
 
 def _zeros(axis: plt.Axes, screen: Screen) -> None:
     axis.set_xscale("log")
-    genes = moments(screen).sample(frac=1, random_state=0)[:500]
+    genes = moments(screen)
     axis.scatter(genes["mean"], genes["zeros"], s=4, alpha=0.4, color=COLORS[screen.name])
 
 

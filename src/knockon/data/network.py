@@ -1,7 +1,7 @@
 """A gene regulatory network: what a simulated cell expresses, given what was done to it.
 
-Regulators (the perturbed genes among them) drive programs through sigmoid responses, programs feed back
-on regulators, and both move genes within a limited range. Nothing here knows of pairs: that doubles
+Regulators (the perturbed genes among them) drive programs through Hill curves, programs feed back on
+regulators, and both move genes within a limited range. Nothing here knows of pairs: that doubles
 buffer, mask or enhance each other follows from thresholds, saturation and gates.
 """
 
@@ -40,14 +40,14 @@ class Shape:
     """Share of the perturbed regulators that act on nothing."""
     effect: float = 0.5
     """Standard deviation of a program's loadings: log fold change of a gene at activity 1."""
-    interaction: float = 1.0
+    interaction: float = 1.5
     """Hill coefficient of every response; towards 0 all effects add up in log expression."""
     gate_share: float = 0.3
     """Share of the programs that need two groups of regulators at once (AND)."""
-    abundance_spread: float = 1.7
+    abundance_spread: float = 2.2
     """Standard deviation of the log of base expression over genes."""
     state_spread: float = 0.4
-    """Log-scale effect of a unit of cell state on the genes that it moves."""
+    """Log-scale effect of a unit of cell state on the genes that it moves, and on drives."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,7 +166,7 @@ def draw_network(shape: Shape, rng: np.random.Generator) -> Network:
         "types": _types(shape, rng),
         "type_drive": rng.normal(0.0, 0.8, (shape.cell_types, shape.programs)) * (shape.cell_types > 1),
         "states": _states(shape, rng),
-        "state_drive": rng.normal(0.0, 0.3, (STATES, shape.programs)),
+        "state_drive": rng.normal(0.0, 0.75 * shape.state_spread, (STATES, shape.programs)),
         "inputs": inputs,
         "threshold": threshold,
         "gain": gain,

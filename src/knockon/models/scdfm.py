@@ -63,6 +63,8 @@ class Config(Architecture, ModelConfig):
     """Dropout while cells are generated, as in the released program."""
     snap_zeros: bool = True
     """Values nearer to zero than to the smallest values of the gene in training cells become zero."""
+    skip_constant: bool = True
+    """Genes with the same value in all training cells are neither trained nor generated, but kept at it."""
     chunk: int = 65_536
     """Values (cells x genes) generated at once; it sets the memory of generation and nothing else."""
 
@@ -109,6 +111,7 @@ def paper() -> Recipe:
             points=20,
             dropout_in_generation=True,
             snap_zeros=False,
+            skip_constant=False,
         ),
         train=Training(steps=200_000, sets=1, cells=48, lr=5e-5, final_lr=1e-6),
     )
@@ -131,6 +134,7 @@ class SCDFM(Model):
     source_moments: Float[Tensor, "mean_and_std genes"]
     data_moments: Float[Tensor, "mean_and_std genes"]
     smallest: Float[Tensor, "genes"]
+    generated: Int[Tensor, "generated"]
 
     def __init__(self, spec: Spec, config: Config) -> None:
         super().__init__(spec)
@@ -141,6 +145,7 @@ class SCDFM(Model):
         self.register_buffer("source_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
         self.register_buffer("data_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
         self.register_buffer("smallest", torch.zeros(genes))
+        self.register_buffer("generated", torch.arange(genes))
 
     def fit_statistics(self, train: "Screen") -> None:
         """Note the perturbations and the smallest values seen; fit moments and the graph of genes."""
@@ -151,9 +156,11 @@ class SCDFM(Model):
         every = np.concatenate([controls, treated])
         self.smallest.copy_(torch.from_numpy(graph.smallest(matrix, every)))
         self.data_moments.copy_(_moments(matrix, treated))
-        if config.source == "control":
+        if config.source != "gaussian":
             mean, std = _moments(matrix, controls)
             self.source_moments.copy_(torch.stack([mean, std.hypot(std.new_tensor(config.source_noise))]))
+        if config.skip_constant:
+            self.generated = _moments(matrix, every)[1].nonzero().flatten().to(self.generated.device)
         if config.gene_graph:
             if 0 < config.graph_cells < len(every):
                 draw = np.random.default_rng(0)
@@ -168,11 +175,10 @@ class SCDFM(Model):
 
     def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
         """Flow matching at random times, and the discrepancy of where its velocities lead."""
-        panel = batch.target.shape[-1]
-        genes = torch.arange(panel, device=batch.target.device)
-        if self.config.genes_per_step < panel:
-            drawn = torch.randperm(panel, generator=rng, device=rng.device)
-            genes = drawn[: self.config.genes_per_step].to(batch.target.device)
+        genes = self.generated
+        if self.config.genes_per_step < len(genes):
+            drawn = torch.randperm(len(genes), generator=rng, device=rng.device)
+            genes = genes[drawn[: self.config.genes_per_step].to(genes.device)]
         control, x1 = batch.control[..., genes], batch.target[..., genes]
         x0, reference = self.start(control, rng)
         t = torch.rand(x1.shape[:2], generator=rng, device=x1.device)
@@ -240,18 +246,18 @@ class SCDFM(Model):
         rng: torch.Generator,
     ) -> Float[Tensor, "sets cells genes"]:
         """Follow the velocity from each start; all genes at once, some cells at a time."""
-        sets, cells, panel = control.shape
-        x0, reference = self.start(control, rng)
-        genes = torch.arange(panel, device=control.device)
+        genes, cells = self.generated, control.shape[1]
+        starts, shown = (x.flatten(0, 1) for x in self.start(control[..., genes], rng))
         times = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
         noise = rng if self.config.dropout_in_generation else None
         g, p = self.network.encode(genes, condition, noise)
-        p = p.repeat_interleave(cells, 0)
-        x, parts = x0.flatten(0, 1), []
-        for rows in torch.arange(len(x), device=x.device).split(max(1, self.config.chunk // panel)):
-            known = self.network.know(g, reference.flatten(0, 1)[rows], p[rows], noise)
-            parts.append(self._follow(genes, x[rows], times, known, noise))
-        return self._finish(torch.cat(parts)).view(sets, cells, panel)
+        p, parts = p.repeat_interleave(cells, 0), []
+        for rows in torch.arange(len(p), device=p.device).split(max(1, self.config.chunk // len(genes))):
+            known = self.network.know(g, shown[rows], p[rows], noise)
+            parts.append(self._follow(genes, starts[rows], times, known, noise))
+        whole = self.data_moments[0].to(control.dtype).expand(control.shape).clone()
+        whole[..., genes] = self._finish(torch.cat(parts), genes).unflatten(0, control.shape[:2])
+        return whole
 
     def _follow(
         self,
@@ -268,10 +274,12 @@ class SCDFM(Model):
 
         return solve.integrate(field, x, times, self.config.solver)
 
-    def _finish(self, x: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells genes"]:
+    def _finish(
+        self, x: Float[Tensor, "cells genes"], genes: Int[Tensor, "genes"]
+    ) -> Float[Tensor, "cells genes"]:
         """Turn states into values that an expression can have."""
         if self.config.snap_zeros:
-            x = torch.where(x < self.smallest / 2, 0, x)
+            x = torch.where(x < self.smallest[genes] / 2, 0, x)
         return x.clamp_min(0)
 
 

@@ -110,6 +110,13 @@ def test_mean_shift_keeps_contexts_apart_and_transfers_effects(contexts: Screen)
     np.testing.assert_allclose(predict(model, *asked), np.maximum(expected, 0), rtol=1e-5)
 
 
+def test_context_without_control_cells_borrows_those_of_all_contexts(contexts: Screen) -> None:
+    known_contexts = [label for label in contexts.labels if label.covariates != ("v",)]
+    model = fit(mean_shift.Config(), contexts.select(known_contexts))
+    predicted = predict(model, Label.of(["B"], covariates=["v"]))[0]
+    np.testing.assert_allclose(predicted, BASE + 0.5 + (4 * A + B) / 3, rtol=1e-5)
+
+
 def test_additive_sums_singles_and_prefers_what_was_measured(pairs: Screen) -> None:
     model = fit(additive.Config(), pairs)
     asked = [Label.of(["A", "C"]), Label.of(["A", "B"]), Label.of(["B"])]

@@ -20,7 +20,8 @@ class Config(ModelConfig):
     missing: Literal["refuse", "mean", "zero"] = "refuse"
     """A part that was never measured alone: refuse it, or take the mean effect, or none."""
 
-    def build(self, spec: Spec) -> "Additive":  # noqa: D102
+    def build(self, spec: Spec) -> "Additive":
+        """Make the model."""
         return Additive(self, spec)
 
 
@@ -40,17 +41,20 @@ class Additive(MeanModel):
         self.config = config
         self.effects = MeasuredEffects(spec)
 
-    def fit_effects(self, train: Screen) -> None:  # noqa: D102
+    def fit_effects(self, train: Screen) -> None:
+        """Measure the training conditions."""
         self.effects.fit(train, self.spec)
 
-    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:  # noqa: D102
+    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Take the effect of the very condition, or else the sum over its parts."""
         parts = self.effects.single(condition)
         if self.config.missing == "mean":
             average = self.effects.average(condition).unsqueeze(1)
             parts = first_found(parts, average * (condition.perturbation > 0).unsqueeze(-1))
         return self.effects(first_found(self.effects.exact(condition), parts.sum(1)))
 
-    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:  # noqa: D102
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Whether the condition or each of its parts was measured, or missing parts are filled in."""
         if self.config.missing != "refuse":
             return torch.ones_like(condition.perturbation[:, 0], dtype=torch.bool)
         measured = (self.effects.single(condition) > 0).any(-1)

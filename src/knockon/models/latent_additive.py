@@ -29,7 +29,8 @@ class Config(ModelConfig):
     dropout: float = 0.1
     """Fraction of hidden units that are dropped in training."""
 
-    def build(self, spec: Spec) -> "LatentAdditive":  # noqa: D102
+    def build(self, spec: Spec) -> "LatentAdditive":
+        """Make the model."""
         return LatentAdditive(self, spec)
 
 
@@ -68,7 +69,8 @@ class LatentAdditive(Model):
         self.encode_perturbation = Perceptron([vectors.shape[1], *hidden, config.latent], config.dropout)
         self.decode = Perceptron([config.latent + levels, *hidden, genes], config.dropout)
 
-    def fit_statistics(self, train: Screen) -> None:  # noqa: D102
+    def fit_statistics(self, train: Screen) -> None:
+        """Note which perturbations, doses and covariate levels there are to learn from."""
         seen = self.spec.encode(train.conditions).to(self.known.device)
         self.levels = self._one_hot(seen).any(0)
         self.highest = self.highest.scatter_reduce(

@@ -23,7 +23,8 @@ class Config(ModelConfig):
     ridge: float = 0.1
     """Ridge penalty, the same on both sides."""
 
-    def build(self, spec: Spec) -> "Linear":  # noqa: D102
+    def build(self, spec: Spec) -> "Linear":
+        """Make the model."""
         return Linear(self, spec)
 
 
@@ -57,7 +58,8 @@ class Linear(MeanModel):
         self.register_buffer("bias", torch.zeros(len(spec.genes)))
         self.register_buffer("known", torch.zeros(codes, dtype=torch.bool))
 
-    def fit_effects(self, train: Screen) -> None:  # noqa: D102
+    def fit_effects(self, train: Screen) -> None:
+        """Solve for W and b."""
         genes = embed_genes(train, self.config.components)
         vectors, known = embed_perturbations(self.spec, genes)
         vectors = np.concatenate([np.zeros((1, vectors.shape[1])), vectors])
@@ -73,15 +75,18 @@ class Linear(MeanModel):
         )
         device = self.bias.device
         self.genes, self.perturbations, self.weight, self.bias = (
-            torch.from_numpy(array.astype(np.float32)).to(device) for array in (genes, vectors, weight, bias)
+            torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(device)
+            for array in (genes, vectors, weight, bias)
         )
         self.known = torch.from_numpy(known).to(device)
 
-    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:  # noqa: D102
+    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Evaluate the bilinear form."""
         p = self.perturbations[condition.perturbation].sum(1)
         return p @ self.weight.T @ self.genes.T + self.bias
 
-    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:  # noqa: D102
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Whether each perturbation has a vector."""
         return self.known[condition.perturbation].all(1)
 
 

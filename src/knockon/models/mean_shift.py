@@ -16,7 +16,8 @@ from knockon.types import Condition, Spec
 class Config(ModelConfig):
     """Nothing to choose."""
 
-    def build(self, spec: Spec) -> "MeanShift":  # noqa: D102
+    def build(self, spec: Spec) -> "MeanShift":
+        """Make the model."""
         return MeanShift(spec)
 
 
@@ -31,13 +32,16 @@ class MeanShift(MeanModel):
         super().__init__(spec)
         self.effects = MeasuredEffects(spec)
 
-    def fit_effects(self, train: Screen) -> None:  # noqa: D102
+    def fit_effects(self, train: Screen) -> None:
+        """Measure the training conditions."""
         self.effects.fit(train, self.spec)
 
-    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:  # noqa: D102
+    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Average the effects measured in the context."""
         return self.effects(self.effects.average(condition))
 
-    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:  # noqa: D102
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Answer every condition: the perturbation makes no difference."""
         return torch.ones_like(condition.perturbation[:, 0], dtype=torch.bool)
 
 

@@ -25,7 +25,8 @@ class Config(ModelConfig):
     components: int = 10
     """Principal components in the embedding that tells neighbors."""
 
-    def build(self, spec: Spec) -> "Nearest":  # noqa: D102
+    def build(self, spec: Spec) -> "Nearest":
+        """Make the model."""
         return Nearest(self, spec)
 
 
@@ -53,7 +54,8 @@ class Nearest(MeanModel):
         self.register_buffer("neighbors", torch.zeros(codes, 0, dtype=torch.long))
         self.register_buffer("closeness", torch.zeros(codes, 0))
 
-    def fit_effects(self, train: Screen) -> None:  # noqa: D102
+    def fit_effects(self, train: Screen) -> None:
+        """Measure the training conditions, and rank the neighbors of every perturbation."""
         self.effects.fit(train, self.spec)
         vectors, known = embed_perturbations(self.spec, embed_genes(train, self.config.components))
         singles = {label.perturbations[0] for label in train.conditions if len(label.perturbations) == 1}
@@ -87,11 +89,13 @@ class Nearest(MeanModel):
         similar = (self.effects.single(alike).unflatten(1, near.shape[1:]) * weight.unsqueeze(-1)).sum(2)
         return first_found(self.effects.single(condition), self.effects.containing(condition), similar)
 
-    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:  # noqa: D102
+    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Take the effect of the very condition, or else the mean over its parts."""
         parts = self._parts(condition).sum(1) / (condition.perturbation > 0).sum(1, keepdim=True).clamp_min(1)
         return self.effects(first_found(self.effects.exact(condition), parts))
 
-    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:  # noqa: D102
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Whether the condition was measured, or each of its parts has something to stand in for it."""
         found = (self._parts(condition) > 0).any(-1)
         exact = (self.effects.exact(condition) > 0).any(-1)
         return exact | (found | (condition.perturbation == 0)).all(-1)

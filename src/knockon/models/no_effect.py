@@ -16,20 +16,23 @@ from knockon.types import Condition, Spec
 class Config(ModelConfig):
     """Nothing to choose."""
 
-    def build(self, spec: Spec) -> "NoEffect":  # noqa: D102
+    def build(self, spec: Spec) -> "NoEffect":
+        """Make the model."""
         return NoEffect(spec)
 
 
 class NoEffect(MeanModel):
     """Answers every condition with the control cells, unchanged."""
 
-    def fit_effects(self, train: Screen) -> None:  # noqa: D102
-        pass
+    def fit_effects(self, train: Screen) -> None:
+        """Learn nothing: there is no effect."""
 
-    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:  # noqa: D102
+    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Return zeros."""
         return self.dispersion.mean.new_zeros(len(condition), len(self.spec.genes))
 
-    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:  # noqa: D102
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Answer every condition."""
         return torch.ones_like(condition.perturbation[:, 0], dtype=torch.bool)
 
 

@@ -19,6 +19,11 @@ def screen() -> ad.AnnData:
     return simulate(TINY)
 
 
+@pytest.fixture(scope="module")
+def drug_screen() -> ad.AnnData:
+    return simulate(replace(contexts(), cells=1_000, truth_cells=128))
+
+
 def log_fold(screen):
     """Log fold change of the expected expression: conditions x genes."""
     expected = np.log(truth(screen, logged=False).astype(float))
@@ -226,20 +231,18 @@ def test_escaped_cells_dilute_the_effect():
     np.testing.assert_allclose(change[1], change[0] / 2, atol=0.1 * np.abs(change[0]).max().max())
 
 
-def test_dose_response_rises():
-    config = replace(contexts(), cells=1_000, truth_cells=128)
-    screen = simulate(config)
-    expected = truth(screen)
-    assert set(screen.obs["cell_type"]) == {"type1", "type2", "type3"}
+def test_dose_response_rises(drug_screen):
+    expected = truth(drug_screen)
+    assert set(drug_screen.obs["cell_type"]) == {"type1", "type2", "type3"}
     for letter in "ABCDEF":
         for kind in ("type1", "type2", "type3"):
-            ladder = [f"drug{letter}@{dose:g}uM | {kind}" for dose in config.doses]
+            ladder = [f"drug{letter}@{dose:g}uM | {kind}" for dose in contexts().doses]
             length = [np.linalg.norm(expected.loc[n] - expected.loc[f"control | {kind}"]) for n in ladder]
             assert (np.diff(length) > 0).all()
 
 
-def test_cell_types_differ_and_respond_differently():
-    expected = truth(simulate(replace(contexts(), cells=1_000, truth_cells=128)))
+def test_cell_types_differ_and_respond_differently(drug_screen):
+    expected = truth(drug_screen)
     one, two = (
         expected.loc[f"drugA@100uM | {t}"] - expected.loc[f"control | {t}"] for t in ("type1", "type2")
     )

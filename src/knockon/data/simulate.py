@@ -50,7 +50,7 @@ def demo() -> Simulation:
 
 
 def norman() -> Simulation:
-    """Return a screen of the size of Norman et al. 2019, 91,000 cells x 5,000 genes; 1 to 2 minutes, 1.4 GiB."""
+    """Return a screen of the size of Norman et al. 2019; 1 to 2 minutes, 1.4 GiB."""
     return Simulation(
         cells=91_000,
         genes=5_000,

@@ -44,7 +44,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """One perturbation of a combination, as it was written; a dose of None was not written."""
 
     name: str
@@ -55,7 +55,7 @@ class Part:
         return f"{self.name}@{self.dose:g}" if self.dose else self.name
 
 
-def split_text(text: str, known: Collection[str] = ()) -> list[Part]:
+def split_text(text: str, known: Collection[str] = ()) -> list[Piece]:
     """Take a combination apart, in the order of the text; an empty text has no parts.
 
     ``_`` separates only where both sides are known, since names may contain it.
@@ -70,9 +70,9 @@ def split_text(text: str, known: Collection[str] = ()) -> list[Part]:
     text = re.sub(r"(@[\d.]+[eE])\+", r"\1", str(text).strip())  # the plus of 1e+06 joins nothing
     tuples = list(_TUPLE.finditer(text)) if text.startswith("[") else []
     if tuples:
-        return [Part(m["name"], _round(float(m["dose"])), m["unit"] or None) for m in tuples]
+        return [Piece(m["name"], _round(float(m["dose"])), m["unit"] or None) for m in tuples]
     if text in known:
-        return [Part(text)]
+        return [Piece(text)]
     pieces = [piece.strip() for piece in _PLUS.split(text)]
     return [_part(name) for piece in pieces for name in _underscore(piece, known)]
 
@@ -88,11 +88,11 @@ def _underscore(text: str, known: Collection[str]) -> list[str]:
     return cuts[0] if len(cuts) == 1 else [text]
 
 
-def _part(text: str) -> Part:
+def _part(text: str) -> Piece:
     match = _DOSE.fullmatch(text)
     if match is None:
-        return Part(text)
-    return Part(match["name"].strip(), _round(float(match["dose"])), match["unit"] or None)
+        return Piece(text)
+    return Piece(match["name"].strip(), _round(float(match["dose"])), match["unit"] or None)
 
 
 def _round(dose: float) -> float:
@@ -130,7 +130,7 @@ def parse(text: str, *, known: Collection[str] = (), control: str | None = None)
     return label_of(parts, covariates)
 
 
-def label_of(parts: Sequence[Part], covariates: Sequence[str] = ()) -> Label:
+def label_of(parts: Sequence[Piece], covariates: Sequence[str] = ()) -> Label:
     """Bring parts into the canonical form; two guides of one gene are one perturbation."""
     distinct = {(part.name, part.dose or 0.0) for part in parts}
     return Label.of([name for name, _ in distinct], [dose for _, dose in distinct], covariates)
@@ -138,7 +138,7 @@ def label_of(parts: Sequence[Part], covariates: Sequence[str] = ()) -> Label:
 
 def read_parts(
     text: str, dose: str = "", *, known: Collection[str], controls: Collection[str]
-) -> tuple[list[Part], set[str | None]]:
+) -> tuple[list[Piece], set[str | None]]:
     """Perturbations of a condition in the order of the text, without controls, and their dose units.
 
     Doses in nM, mM or M become uM.
@@ -154,7 +154,12 @@ def read_parts(
         return [], set()
     parts = _with_doses(split_text(text, {*known, *controls}), dose, text)
     if any(not part.name for part in parts):
-        raise UserError("An empty condition", offenders=[repr(text)], expected="names joined with +")
+        raise UserError(
+            "An empty condition",
+            offenders=[repr(text)],
+            expected="names joined with +",
+            mend="complete the name, or remove its cells",
+        )
     alone = len(parts) == 1
     kept = [
         _in_micromolar(part)
@@ -164,7 +169,7 @@ def read_parts(
     return kept, {part.unit for part in kept if part.dose}
 
 
-def _with_doses(parts: list[Part], dose: str, text: str) -> list[Part]:
+def _with_doses(parts: list[Piece], dose: str, text: str) -> list[Piece]:
     """Give each part its own dose, before anything is sorted."""
     if not dose or any(part.dose is not None for part in parts):
         return parts
@@ -179,21 +184,23 @@ def _with_doses(parts: list[Part], dose: str, text: str) -> list[Part]:
             mend="correct the column, or name another with --dose-key",
         )
     return [
-        Part(part.name, _round(float(m["dose"])), m["unit"] or None)
+        Piece(part.name, _round(float(m["dose"])), m["unit"] or None)
         for part, m in zip(parts, matches, strict=True)
         if m
     ]
 
 
-def _in_micromolar(part: Part) -> Part:
+def _in_micromolar(part: Piece) -> Piece:
     if part.dose is None or part.unit not in MICROMOLAR:
         return part
-    return Part(part.name, _round(part.dose * MICROMOLAR[part.unit]), "uM")
+    return Piece(part.name, _round(part.dose * MICROMOLAR[part.unit]), "uM")
 
 
 def names_of(texts: Iterable[str], genes: frozenset[str]) -> frozenset[str]:
     """Names of genes and of single perturbations, as far as they cannot be combinations themselves."""
     parts = {part.name for text in texts for part in split_text(text, genes)}
-    parts = {name for name in parts if name in genes or not is_control_name(name)}
-    plain = genes | {name for name in parts if "_" not in name}
-    return plain | {name for name in parts if len(_underscore(name, plain)) == 1}
+    names = set(genes)
+    for name in sorted(parts, key=lambda name: name.count("_")):  # what could be a part comes first
+        if name in genes or not (is_control_name(name) or len(_underscore(name, names)) > 1):
+            names.add(name)
+    return frozenset(names)

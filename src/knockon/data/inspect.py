@@ -74,7 +74,10 @@ class Report:
         width = max((len(name) for name, _ in self.facts), default=0)
         yield from (f"  {name:<{width}}  {value}" for name, value in self.facts)
         yield from (f"{'FAULT ' if finding.fault else 'remark'}  {finding.text}" for finding in self.findings)
-        yield f"{len(self.faults)} faults" if self.faults else "Nothing keeps this file from being used."
+        if self.faults:
+            yield f"{len(self.faults)} fault{'s' * (len(self.faults) > 1)}"
+        else:
+            yield "Nothing keeps this file from being used."
 
 
 def inspect(path: str | Path, columns: Columns = Columns()) -> Report:  # noqa: B008 - frozen
@@ -158,10 +161,8 @@ def _conditions(design: Design) -> Iterator[tuple[str, str]]:
         low, middle, high = np.quantile(treated, [0.05, 0.5, 0.95])
         yield "cells in each", f"median {middle:g}, 5 % to 95 %: {low:g} to {high:g}"
     wide = [label for label in design.labels if len(label.perturbations) > 1]
-    yield (
-        "single perturbations",
-        str(len({label for label in design.labels if len(label.perturbations) == 1})),
-    )
+    narrow = {label.everywhere for label in design.labels if len(label.perturbations) == 1}
+    yield "single perturbations", str(len(narrow))
     yield "combinations", f"{len(wide)}, of which {len(_additive(design, wide))} have all their singles"
     for covariate in design.covariates:
         yield covariate.name, f"{len(covariate.levels)} levels: {', '.join(covariate.levels[:6])}"
@@ -180,7 +181,7 @@ def _names(stored: Stored) -> Iterator[str]:
     folded = Counter(gene.upper() for gene in set(stored.genes))
     alike = [gene for gene in stored.genes if folded[gene.upper()] > 1]
     if alike:
-        yield f"Genes that differ only in capitals: {', '.join(alike[:3])}. Rename them if they are the same gene."
+        yield f"Genes that differ only in capitals: {', '.join(alike[:3])}. Are they the same gene?"
     if stored.obs.index.duplicated().any():
         yield "Names of cells occur twice. Write adata.obs_names_make_unique() to tell them apart."
     for name, column in stored.obs.items():

@@ -14,7 +14,7 @@ from knockon.data.split_file import Split
 from knockon.data.values import EXPRESSED, blocks
 from knockon.types import Label
 
-_WORDS = re.compile(r"[+_|;,/\s]+")
+_JOINTS = re.compile(r"[+_|;,/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +72,14 @@ def _names(held: Iterable[Label], known: Iterable[Label]) -> Iterator[Leak]:
 
 
 def _words(label: Label) -> list[str]:
-    """Names of a condition, also those that reading left joined, without controls."""
-    words = [word for name in label.perturbations for word in _WORDS.split(name)]
-    return [word for word in words if word and not is_control_name(word)]
+    """Names of a condition, also those that reading left joined."""
+    return [word for name in label.perturbations for word in _JOINTS.split(name) if word]
 
 
 def _key(label: Label) -> tuple:
-    """Equal for all spellings of a condition."""
-    doses = tuple(sorted(dose for dose in label.doses if dose))
-    return tuple(sorted(word.lower() for word in _words(label))), doses, label.covariates
+    """Make something that is equal for all spellings of a condition."""
+    words = sorted(word.lower() for word in _words(label) if not is_control_name(word))
+    return tuple(words), tuple(sorted(dose for dose in label.doses if dose)), label.covariates
 
 
 def _heldout(split: Split) -> Iterator[Leak]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from knockon.data.conventions import (
     AMOUNT,
     Columns,
-    Part,
+    Piece,
     is_control_name,
     label_of,
     names_of,
@@ -90,7 +90,7 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
     )
 
 
-def _refuse_second_control(conditions: Iterable[list[Part]]) -> None:
+def _refuse_second_control(conditions: Iterable[list[Piece]]) -> None:
     if any(part.name == CONTROL for parts in conditions for part in parts):
         raise UserError(
             f"A perturbation is called {CONTROL!r} and is not the control",
@@ -99,7 +99,7 @@ def _refuse_second_control(conditions: Iterable[list[Part]]) -> None:
         )
 
 
-def _spellings(conditions: Iterable[list[Part]]) -> dict[Label, str]:
+def _spellings(conditions: Iterable[list[Piece]]) -> dict[Label, str]:
     """Tell how the file writes each combination; of several ways, the first by code point."""
     spelled = sorted((label_of(parts), "+".join(map(str, parts))) for parts in conditions if len(parts) > 1)
     return dict(reversed(spelled))

@@ -112,7 +112,7 @@ class Survey:
     """Cells with whole numbers only, of those that express at least ten genes."""
     fractional: int = 0
     """The other cells, whatever they express."""
-    totals: list[Float[np.ndarray, "cells"]] = field(default_factory=list)
+    totals: list[Float[np.ndarray, "_"]] = field(default_factory=list)
     """Sum of each cell once ``log1p`` is undone; means nothing for counts."""
 
     def see(self, block: sp.csr_matrix) -> None:
@@ -123,7 +123,7 @@ class Survey:
         self.negative += values[values < 0].tolist()
         self.largest = max(self.largest, float(values.max(initial=0, where=finite)))
         self.stored += int(np.count_nonzero(values))
-        fractions = _row_sums(block, values != np.rint(values))
+        fractions = _row_sums(block, finite & (values != np.rint(values)))
         self.fractional += int((fractions > 0).sum())
         self.whole += int(((fractions == 0) & (np.diff(block.indptr) >= EXPRESSED)).sum())
         self.totals.append(_row_sums(block, np.expm1(np.clip(values, 0, LARGEST_LOG1P))))
@@ -184,7 +184,7 @@ def _row_sums(block: sp.csr_matrix, values: np.ndarray) -> Float[np.ndarray, "ce
     return np.asarray(part.sum(axis=1, dtype=np.float64)).ravel()
 
 
-def _common(totals: Sequence[Float[np.ndarray, "cells"]]) -> float | None:
+def _common(totals: Sequence[Float[np.ndarray, "_"]]) -> float | None:
     """Find the total that nearly all cells share; there is none where genes were removed afterwards."""
     sums = np.concatenate(totals)
     middle = float(np.median(sums))

@@ -163,7 +163,7 @@ class DifferentialAttention(nn.Module):
             map1 = self.map(self.q_proj_1(q), self.k_proj_1(reference))
             map2 = self.map(self.q_proj_2(q), self.k_proj_2(reference))
         context = (map1 - self.strength() * map2) @ self.split(self.v_proj(q))
-        context = (1 - self.lambda_init) * self.subln(context)
+        context = (1 - self.lambda_init) * self.subln(context.to(self.subln.weight.dtype))
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def strength(self) -> Float[Tensor, ""]:

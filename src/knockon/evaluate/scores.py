@@ -15,7 +15,8 @@ from knockon.data.splits import Split
 from knockon.evaluate.metrics import METRICS, Metric
 from knockon.evaluate.pairs import Pairs, Truth, mean, num_cells
 from knockon.evaluate.suites import Suite, score
-from knockon.predict import Refusal, generate
+from knockon.models.additive import Config as AdditiveConfig
+from knockon.predict import generate
 
 FLOOR, CEILING = "no_effect", "ceiling"
 BASELINES = (FLOOR, "mean_shift", "additive")
@@ -64,7 +65,7 @@ def anchors(
 ) -> pd.DataFrame:
     """Score the simple baselines, fitted on everything but test conditions, and the ceiling.
 
-    A baseline that has no basis for some test condition is left out.
+    Where a combination has a part that was not measured alone, the additive baseline takes the mean effect.
 
     Returns
     -------
@@ -74,12 +75,10 @@ def anchors(
     screen, tables = truth.screen, []
     train = screen.select((*split.train, *split.validation, *screen.controls))
     for name in BASELINES:
-        model = models.recipe(name).model.build(screen.spec())
+        config = AdditiveConfig(missing="mean") if name == "additive" else models.recipe(name).model
+        model = config.build(screen.spec())
         model.fit_statistics(train)
-        try:
-            predicted = generate(model, screen, truth.labels, cells=cells, seed=seed)
-        except Refusal:
-            continue
+        predicted = generate(model, screen, truth.labels, cells=cells, seed=seed)
         tables.append(score(Pairs.align(predicted, truth, units=model.units), suite).assign(model=name))
     return _ordered(*tables, ceiling(truth, suite, seed=seed).assign(model=CEILING))
 

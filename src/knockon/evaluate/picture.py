@@ -69,7 +69,8 @@ def inline_svg(summary: pd.DataFrame) -> str:
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "knockon", "font.family": "sans-serif"}):
         figure = draw(summary, STAND_IN)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        about = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # nothing that differs from day to day
+        figure.savefig(buffer, format="svg", transparent=True, metadata=about)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     return svg.replace(STAND_IN.ink, "var(--ink)").replace(STAND_IN.faint, "var(--faint)")

@@ -97,7 +97,8 @@ def _leaders(summary: pd.DataFrame) -> list[tuple[str, float, dict[Hashable, dic
     """
     table = pd.DataFrame(summary.loc[summary["model"] != CEILING])
     sign = 1 - 2 * table["metric"].isin([m.name for m in METRICS if m.direction == "lower"])
-    better, room = sign * table["mean"], sign * (table["ceiling"] - table["floor"])
+    better = sign * table["mean"]
+    room = pd.Series(sign * (table["ceiling"] - table["floor"]))
     place = 100 * (better - sign * table["floor"]) / room.where(room > 0)
     by_metric = better.groupby(table["metric"])
     table = table.assign(

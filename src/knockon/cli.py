@@ -29,6 +29,8 @@ from knockon.train import Options, train
 from knockon.types import UserError
 
 log = logging.getLogger("knockon")
+Data = Positional[Annotated[Path, arg(metavar="DATA")]]
+Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
 Flat = arg(name="")  # the fields of a group become options of the command, without a prefix
 
 
@@ -44,7 +46,7 @@ class Command(ABC):
 class Inspect(Command):
     """Say what is in a file, what is wrong with it, and how to mend it."""
 
-    data: Positional[Path]
+    data: Data
     """A screen: .h5ad or .zarr."""
     columns: Annotated[Columns, Flat] = Columns()
 
@@ -58,7 +60,7 @@ class Inspect(Command):
 class Simulate(Command):
     """Write a simulated screen whose true responses are known."""
 
-    out: Positional[Path]
+    out: Positional[Annotated[Path, arg(metavar="OUT.h5ad")]]
     """The .h5ad to write."""
     preset: Literal["tiny", "demo", "norman", "contexts", "interaction"] = "demo"
     """Size and kind of the screen."""
@@ -88,7 +90,7 @@ class Simulate(Command):
 class Split(Command):
     """Decide which conditions are held out, and write it down."""
 
-    data: Positional[Path]
+    data: Data
     """A screen: .h5ad or .zarr."""
     kind: Literal["additive", "combinations15", "unseen", "context", "random"] = "additive"
     """Doubles of measured singles; the first 15 of them with their singles; genes; contexts; any."""
@@ -117,7 +119,7 @@ class Split(Command):
 class Train(Command):
     """Train one model."""
 
-    name: Positional[str]
+    name: Positional[Annotated[str, arg(metavar="MODEL")]]
     """The model; `knockon train` alone lists them."""
     data: Path
     """A screen: .h5ad or .zarr."""
@@ -128,7 +130,9 @@ class Train(Command):
     preset: str = "default"
     """Where the options of model and training start from."""
     model: ModelConfig
+    """What the model is; its preset without options."""
     train: Training
+    """How it is trained; its preset without options."""
     options: Annotated[Options, Flat] = Options()
     columns: Annotated[Columns, Flat] = Columns()
 
@@ -142,10 +146,13 @@ class Train(Command):
         if known.name is None or known.name.startswith("-"):
             raise UserError("No model", expected="one of " + ", ".join(models.names()), mend="name it first")
         recipe = models.recipe(known.name, known.preset)
-        default = cls(
-            name=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, model=recipe.model, train=recipe.train
-        )
-        return tyro.cli(cls, args=arguments, default=default, prog="knockon train")
+        defaults = [
+            (name, type(value), dataclasses.field(default=value))
+            for name, value in (("model", recipe.model), ("train", recipe.train))
+        ]
+        kind = dataclasses.make_dataclass("Train", defaults, bases=(cls,), frozen=True, kw_only=True)
+        kind.__doc__ = f"Train {known.name}, from its preset {known.preset}."
+        return tyro.cli(kind, args=arguments, prog="knockon train")
 
     def run(self) -> None:
         """Train."""
@@ -160,7 +167,7 @@ class Train(Command):
 class Predict(Command):
     """Generate cells of conditions and write them as .h5ad."""
 
-    folder: Positional[Path]
+    folder: Folder
     """A run folder."""
     out: Path
     """The .h5ad to write."""
@@ -251,7 +258,7 @@ class Compare(Command):
 class Report(Command):
     """Write one HTML file about a comparison."""
 
-    folder: Positional[Path]
+    folder: Folder
     """Folder of a comparison."""
     out: Path
     """The .html to write."""

@@ -89,7 +89,7 @@ def _recipes(comparison: Comparison) -> dict[str, Recipe]:
     """Models by the name of their run, the anchors first, with what all of them share."""
     asked = [text.replace("-", "_") for text in comparison.models]
     recipes = {}
-    for text in (*(name for name in ANCHORS if name not in asked), *asked):
+    for text in (*ANCHORS, *(name for name in asked if name not in ANCHORS)):
         name, _, preset = text.partition(":")
         recipe = models.recipe(name, preset or "default")
         training = dataclasses.replace(recipe.train, seed=comparison.seed)

@@ -41,6 +41,16 @@ def test_a_prediction_has_the_name_of_its_model_but_not_of_an_anchor(screen, spl
     assert evaluate(prediction, screen, split)["model"].iloc[0] == "prediction"
 
 
+def test_a_screen_in_counts_has_anchors_too(make):
+    cells = make.cells(["control", "A", "B", "A+B"])
+    cells.X = np.rint(np.expm1(cells.X.toarray()))
+    screen = make.screen(cells)
+    split = make.split(screen, lambda label: label.perturbation == "A+B")
+    table = summarize(scores.anchors(Truth.of(screen, split), split))
+    assert list(table["model"].unique()) == [*BASELINES, "ceiling"]
+    assert line(table, "additive", "mse")["mean"] < line(table, "no_effect", "mse")["mean"]
+
+
 def test_a_replicate_is_near_the_ceiling_and_no_effect_is_the_floor(make, screen, split):
     replicate = make.cells([str(label) for label in split.test], cells=30, seed=3)
     table = summarize(evaluate(replicate, screen, split))

@@ -79,7 +79,8 @@ def anchors(
         model = config.build(screen.spec())
         model.fit_statistics(train)
         predicted = generate(model, screen, truth.labels, cells=cells, seed=seed)
-        tables.append(score(Pairs.align(predicted, truth, units=model.units), suite).assign(model=name))
+        predicted.uns["knockon"] = {"units": model.units, "total": screen.total or -1.0}
+        tables.append(score(Pairs.align(predicted, truth), suite).assign(model=name))
     return _ordered(*tables, ceiling(truth, suite, seed=seed).assign(model=CEILING))
 
 

@@ -73,6 +73,11 @@ def test_a_dose_unit_is_kept_and_micromolar_preferred():
     assert {str(label) for label in screen.conditions} == {"x@0.01", "x@0.1"}
 
 
+def test_a_missing_dose_is_not_zero():
+    with pytest.raises(UserError, match=r"without a dose.*: y"):
+        make({"DMSO": 9, "x": 18, "y": 9}, dose=[np.nan] * 9 + [1.0] * 9 + [2.0] * 9 + [np.nan] * 9)
+
+
 def test_a_constant_dose_column_means_nothing():
     screen = make({"ctrl": 9, "A+ctrl": 9}, dose_val=["1"] * 9 + ["1+1"] * 9)
     assert screen.conditions == (Label.of(["A"]),)

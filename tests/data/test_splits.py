@@ -212,7 +212,7 @@ def test_kinds_are_named_alike(screen):
 
 def test_a_screen_without_doubles_has_no_additive_split():
     some = Screen.from_anndata(adata({"control": 9, "A": 9, "B": 9}))
-    with pytest.raises(UserError, match=r"No combination.*--split random"):
+    with pytest.raises(UserError, match=r"No combination.*\(of 0\).*--split random"):
         splits.additive(some)
 
 

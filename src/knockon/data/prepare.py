@@ -79,7 +79,7 @@ def fit(
     if genes is None or genes >= len(train.genes):
         return Preparation(units=units, total=target)
     scale = None if train.units == "log1p" else target or _median(train)
-    forced = set(keep) if keep is not None else {n for label in train.vocabulary for n in label.perturbations}
+    forced = set(train.spec().perturbations if keep is None else keep)
     chosen = forced | _variable(train, scale, genes)
     return Preparation(units=units, total=target, genes=tuple(g for g in train.genes if g in chosen))
 
@@ -124,10 +124,10 @@ def _variable(train: Screen, total: float | None, count: int) -> set[str]:
     The logarithm of variance over mean of normalized counts, standardized among genes of a similar
     mean [satija2015]. Unlike scanpy's own, it needs a few cells at a time only.
     """
-    cells, sums, squares = 0, np.zeros(len(train.genes)), np.zeros(len(train.genes))
+    cells, sums, squares = train.num_cells, np.zeros(len(train.genes)), np.zeros(len(train.genes))
     for block in _cells(train):
-        values = (block if total is None else log1p(block, total)).astype(np.float64).expm1()
-        cells += values.shape[0]
+        values = sp.csr_matrix(block if total is None else log1p(block, total), dtype=np.float64)
+        np.expm1(values.data, out=values.data)
         sums += np.asarray(values.sum(axis=0)).ravel()
         squares += np.asarray(values.multiply(values).sum(axis=0)).ravel()
     mean = sums / cells

@@ -17,7 +17,7 @@ from knockon.data.conventions import (
     names_of,
     read_parts,
     split_text,
-)  # fmt: skip
+)
 from knockon.types import CONTROL, Covariate, Label, UserError
 
 PERTURBATION_COLUMNS = ("perturbation", "condition", "target_gene", "guide_merged", "gene_target", "drug")
@@ -37,8 +37,8 @@ class Design:
     covariates
         Their names and levels.
     spellings
-        Each perturbation as the file first wrote its names, joined with ``+``, without controls:
-        the published additive split depends on it.
+        How the file writes each combination, joined with ``+``, without controls: the published
+        additive split depends on it.
     dose_unit
         Unit of all doses; None where there are none or the file does not tell.
     notes
@@ -72,6 +72,10 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
     pairs, codes = _distinct(text_codes, dose_codes)
     parsed = [read_parts(texts[t], doses[d], known=known, controls=controls) for t, d in pairs]
     _refuse_second_control(parts for parts, _ in parsed)
+    if any(doses):
+        _refuse_missing_doses(
+            texts[t] for (t, d), (parts, _) in zip(pairs, parsed, strict=True) if parts and not doses[d]
+        )
     covariates, covariate_codes = read_covariates(obs, columns.covariate_keys, notes)
     rows, codes = _distinct(codes, *covariate_codes)
     found = [
@@ -96,6 +100,17 @@ def _refuse_second_control(conditions: Iterable[list[Piece]]) -> None:
             f"A perturbation is called {CONTROL!r} and is not the control",
             expected=f"{CONTROL!r} to mean no perturbation",
             mend=f"name it as the control with --control {CONTROL}, or call it something else",
+        )
+
+
+def _refuse_missing_doses(texts: Iterable[str]) -> None:
+    missing = list(texts)
+    if missing:
+        raise UserError(
+            "Perturbed cells without a dose, where others have one",
+            offenders=missing,
+            expected="a number for every perturbed cell",
+            mend="fill the column, or name another with --dose-key",
         )
 
 

@@ -139,13 +139,14 @@ class Screen:
         UserError
             If a perturbation of the screen has no vector, or the vectors differ in length.
         """
-        names = {name for label in self.vocabulary for name in label.perturbations}
+        labels = self.vocabulary or self.labels
+        names = {name for label in labels for name in label.perturbations}
         perturbations = tuple(sorted(names | set(vectors or ())))
         return Spec(
             genes=self.genes,
             perturbations=perturbations,
             covariates=self.covariates,
-            slots=max((len(label.perturbations) for label in self.vocabulary), default=1) or 1,
+            slots=max((len(label.perturbations) for label in labels), default=1) or 1,
             units=self.units,
             total=self.total,
             dose_unit=self.dose_unit,
@@ -273,7 +274,7 @@ def _digest(genes: Sequence[str], cells: Sequence[str], design: Design) -> str:
 def _notes(rows: Mapping[Label, np.ndarray], judged: Scale, columns: Columns) -> list[str]:
     where = f"layer {columns.layer!r}" if columns.layer else "X"
     total = f" of {judged.total:g} per cell" if judged.total else ""
-    notes = [] if columns.units else [f"{where} holds {judged.units}{total} (or --units)"]
+    notes = [] if columns.units else [f"{where} holds {judged.units}{total}"]
     single = [str(label) for label, found in rows.items() if len(found) == 1]
     if single:
         notes.append(f"{len(single)} conditions have one cell: {', '.join(single[:3])}")

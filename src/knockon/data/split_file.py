@@ -47,7 +47,7 @@ class Split:
     covariates: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write as JSON; conditions are text, or objects where they have a context."""
         parts = {part: [self._plain(label) for label in getattr(self, part)] for part in get_args(Part)}
         head = {"kind": self.kind, "seed": self.seed, "digest": self.digest}
@@ -126,7 +126,7 @@ def _resolve(entries: object, screen: Screen, path: str | Path) -> tuple[Label, 
     """Conditions of a file as labels of the screen, in the file's order; controls are left out."""
     if not isinstance(entries, list):
         raise UserError(f"{path} holds {type(entries).__name__}", expected="lists of conditions")
-    known = {name for label in screen.vocabulary for name in label.perturbations} | set(screen.genes)
+    known = {*screen.spec().perturbations, *screen.genes}
     found: dict[Label, None] = {}
     unknown: list[object] = []
     for entry in entries:

@@ -22,7 +22,7 @@ from knockon.data.split_file import (
     share,
     training,
     without,
-)  # fmt: skip
+)
 from knockon.types import Label, UserError
 
 __all__ = [
@@ -41,8 +41,7 @@ def additive(screen: Screen, *, seed: int = 42, fraction: float = 0.3, validatio
     baseline is defined for each; the others are trained on.
     """
     test = _expand(_additive_order(screen, seed, fraction), screen)
-    needed = {single for label in test for single in singles(label)}
-    carved = carve([c for c in without(screen, test) if c not in needed], test, validation, seed)
+    carved = carve(without(screen, test), test, validation, seed)
     return assemble(screen, kind="additive", seed=seed, test=test, validation=carved)
 
 
@@ -217,7 +216,7 @@ def _additive_order(screen: Screen, seed: int, fraction: float) -> list[Label]:
     }
     if not texts:
         raise UserError(
-            f"No combination has all its single perturbations measured ({len(wide)} combinations)",
+            f"No combination has all its single perturbations measured (of {len(wide)})",
             expected="at least one, for the additive split",
             mend="use --split random or --split unseen",
         )

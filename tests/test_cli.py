@@ -114,6 +114,25 @@ def test_evaluate_writes_scores_between_anchors(folder: Path, tmp_path: Path) ->
     assert summary["mean"].notna().all()
 
 
+def test_chosen_genes_are_scored_as_they_were_predicted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--split", f"{folder}/split.json", "--quiet"]
+    counts = ["--layer", "counts"]
+    main(
+        ["train", "additive", "--data", f"{folder}/tiny.h5ad", *data, *counts, "--genes", "30"]
+        + ["--out", f"{tmp_path}/run"]
+    )
+    main(["predict", f"{tmp_path}/run", "--part", "test", "--cells", "8", "--out", f"{tmp_path}/p.h5ad"])
+    main(
+        ["evaluate", "--pred", f"{tmp_path}/p.h5ad", "--real", f"{folder}/tiny.h5ad", *counts]
+        + ["--split", f"{folder}/split.json", "--out", f"{tmp_path}/scores"]
+    )
+    assert "genes that the run had chosen" in capsys.readouterr().err
+    summary = pd.read_csv(tmp_path / "scores" / "summary.csv").set_index(["model", "metric"])["mean"]
+    assert summary["prediction", "mse"] == pytest.approx(summary["additive", "mse"], rel=0.3)
+
+
 METRICS = (
     "mse mae l2 pearson_delta pearson_delta_top20 centroid_delta centroid_delta_top20 discrimination "
     "energy_distance variance_corr zero_fraction_error"

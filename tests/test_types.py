@@ -18,7 +18,9 @@ def test_a_dose_travels_with_its_perturbation() -> None:
 
 
 def test_encode() -> None:
-    condition = SPEC.encode([Label.of(["drug", "A"], [0.5, 0.0], ["T cells"]), Label(covariates=("B cells",))])
+    condition = SPEC.encode(
+        [Label.of(["drug", "A"], [0.5, 0.0], ["T cells"]), Label(covariates=("B cells",))]
+    )
     assert condition.perturbation.tolist() == [[1, 3], [0, 0]]
     assert condition.dose.tolist() == [[0.0, 0.5], [0.0, 0.0]]
     assert condition.covariates.tolist() == [[1], [0]]

@@ -250,8 +250,9 @@ class Compare(Command):
         split = splits.make(self.split, screen)
         summary = compare(screen, split, out=self.out, comparison=self.comparison, options=self.options)
         _table(summary)
-        report.write(self.out, self.out / "report.html")
-        _print(f"{self.out / 'report.html'}")
+        for draw, path in ((report.write, self.out / "report.html"), (report.picture, self.out / "scores.png")):
+            draw(self.out, path)
+            _print(str(path))
 
 
 @dataclass(frozen=True, kw_only=True)

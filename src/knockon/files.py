@@ -103,7 +103,9 @@ def from_plain(kind: type[T], value: Mapping[str, Any], *, where: str) -> T:
     wanted = {f.name for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     strange = sorted(set(value) ^ wanted)
     if strange:
-        raise UserError(f"Missing or unknown fields in {where}", offenders=strange, expected="an unedited file")
+        raise UserError(
+            f"Missing or unknown fields in {where}", offenders=strange, expected="an unedited file"
+        )
     return kind(**{name: _as(hints[name], item, f"{where}.{name}") for name, item in value.items()})
 
 

@@ -8,7 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def bar(description: str, *, total: int, start: int = 0, quiet: bool = False) -> Iterator[Callable[..., None]]:
+def bar(
+    description: str, *, total: int, start: int = 0, quiet: bool = False
+) -> Iterator[Callable[..., None]]:
     """Show a bar on the terminal while something advances towards ``total``.
 
     Nothing is shown where ``quiet`` is set or the error stream is not a terminal.

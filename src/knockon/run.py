@@ -228,6 +228,7 @@ class Run:
             "split_digest": self.record.files[SPLIT],
             "cells": cells,
             "seed": seed,
+            "panel": self.record.preparation.genes is not None,
             "units": spec.units,
             "total": -1.0 if spec.total is None else spec.total,
             "versions": versions(),

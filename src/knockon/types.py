@@ -242,9 +242,7 @@ class Spec:
                     offenders=[label],
                     expected="a level for " + ", ".join(c.name for c in self.covariates),
                 )
-            for column, (covariate, level) in enumerate(
-                zip(self.covariates, label.covariates, strict=True)
-            ):
+            for column, (covariate, level) in enumerate(zip(self.covariates, label.covariates, strict=True)):
                 if level not in covariate.levels:
                     raise UserError(
                         f"Unknown {covariate.name}",

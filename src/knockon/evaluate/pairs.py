@@ -152,7 +152,7 @@ class Pairs:
             If genes or test conditions are missing, conditions are unknown, values are negative or not
             finite, or the scale is not the screen's.
         """
-        adata = prediction if isinstance(prediction, AnnData) else _read(Path(prediction))
+        adata = prediction if isinstance(prediction, AnnData) else read_prediction(Path(prediction))
         columns, reordered = _columns(adata, truth.screen)
         rows, ignored = _rows(pd.DataFrame(adata.obs), truth)
         matrix, rescaled = _matrix(adata, truth, units)
@@ -253,7 +253,14 @@ def _notes(
 # ---- the prediction's side -----------------------------------------------------------------------
 
 
-def _read(path: Path) -> AnnData:
+def read_prediction(path: Path) -> AnnData:
+    """Read a file of predicted cells.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read.
+    """
     if not path.exists():
         raise UserError("No such file", offenders=[path], expected="predicted cells in .h5ad")
     try:

@@ -1,5 +1,6 @@
 """Anchors, without which no score can be read: the floor, the best simple baseline and the ceiling."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,17 @@ from anndata import AnnData
 from jaxtyping import Float
 
 from knockon import models
+from knockon.data import prepare
+from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.evaluate.metrics import METRICS, Metric
-from knockon.evaluate.pairs import Pairs, Truth, mean, num_cells
+from knockon.evaluate.pairs import Pairs, Truth, mean, num_cells, read_prediction
 from knockon.evaluate.suites import Suite, score
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import generate
+
+log = logging.getLogger("knockon")
 
 FLOOR, CEILING = "no_effect", "ceiling"
 BASELINES = (FLOOR, "mean_shift", "additive")
@@ -43,7 +48,7 @@ def evaluate(
     ----------
     prediction
         See ``Pairs.align``. It is called by its model where that is told and no anchor,
-        else ``prediction``.
+        else ``prediction``. Where its run had chosen genes, those are scored.
     split
         Its test conditions are scored.
     seed
@@ -54,10 +59,24 @@ def evaluate(
     DataFrame
         Long, with the columns ``model, condition, metric, value``; ``summarize`` makes it short.
     """
-    pairs = Pairs.of(prediction, screen, split)
+    adata = prediction if isinstance(prediction, AnnData) else read_prediction(Path(prediction))
+    pairs = Pairs.of(adata, _as_prepared(screen, adata), split)
+    for note in pairs.notes:
+        log.info(note)
     name = pairs.model if pairs.model not in (*BASELINES, CEILING) else "prediction"
     scores = score(pairs, suite).assign(model=name)
     return _ordered(scores, anchors(pairs.truth, split, suite, seed=seed))
+
+
+def _as_prepared(screen: Screen, prediction: AnnData) -> Screen:
+    """Prepare a screen as the run that made a prediction did, where that run had chosen genes."""
+    about = prediction.uns.get("knockon", {})
+    if not about.get("panel"):
+        return screen
+    genes = tuple(str(name) for name in prediction.var_names)
+    log.info("scored on the %d of %d genes that the run had chosen", len(genes), len(screen.genes))
+    total = float(about["total"]) if (screen.units, about["units"]) == ("counts", "log1p") else None
+    return prepare.apply(screen, Preparation(units=about["units"], total=total, genes=genes))
 
 
 def anchors(

@@ -123,7 +123,7 @@ def test_chosen_genes_are_scored_as_they_were_predicted(
         ["train", "additive", "--data", f"{folder}/tiny.h5ad", *data, *counts, "--genes", "30"]
         + ["--out", f"{tmp_path}/run"]
     )
-    main(["predict", f"{tmp_path}/run", "--part", "test", "--cells", "8", "--out", f"{tmp_path}/p.h5ad"])
+    main(["predict", f"{tmp_path}/run", "--part", "test", "--cells", "256", "--out", f"{tmp_path}/p.h5ad"])
     main(
         ["evaluate", "--pred", f"{tmp_path}/p.h5ad", "--real", f"{folder}/tiny.h5ad", *counts]
         + ["--split", f"{folder}/split.json", "--out", f"{tmp_path}/scores"]

@@ -51,9 +51,12 @@ class Inspect(Command):
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:
-        """Print the report."""
-        for line in inspect.inspect(self.data, self.columns).lines():
+        """Print the report; exit status 2 where a fault keeps the file from being used."""
+        report = inspect.inspect(self.data, self.columns)
+        for line in report.lines():
             _print(line)
+        if report.faults:
+            sys.exit(2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata import AnnData
 from jaxtyping import Int
 
 from knockon.data.screen import Screen
@@ -119,26 +120,16 @@ def _cells(train: Screen) -> Iterator[sp.csr_matrix]:
 
 
 def _variable(train: Screen, total: float | None, count: int) -> set[str]:
-    """Find the most variable genes of training cells, by the ``seurat`` flavor of scanpy.
+    """Find the most variable genes of training cells, by scanpy's ``seurat`` flavor [satija2015].
 
-    The logarithm of variance over mean of normalized counts, standardized among genes of a similar
-    mean [satija2015]. Unlike scanpy's own, it needs a few cells at a time only.
+    The training cells are in memory for it, as they are stored.
     """
-    cells, sums, squares = train.num_cells, np.zeros(len(train.genes)), np.zeros(len(train.genes))
-    for block in _cells(train):
-        values = sp.csr_matrix(block if total is None else log1p(block, total), dtype=np.float64)
-        np.expm1(values.data, out=values.data)
-        sums += np.asarray(values.sum(axis=0)).ravel()
-        squares += np.asarray(values.multiply(values).sum(axis=0)).ravel()
-    mean = sums / cells
-    variance = (squares / cells - mean**2) * cells / max(1, cells - 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        dispersion = pd.Series(np.log(np.where(variance > 0, variance / mean, np.nan)))
-    bins = dispersion.groupby(pd.cut(np.log1p(mean), bins=20), observed=True)
-    center, width = bins.transform("mean"), bins.transform("std")
-    alone = width.isna()  # in its bin; such a gene is its own yardstick
-    score = (dispersion - center.mask(alone, 0)) / width.mask(alone, center)
-    return {train.genes[i] for i in score.nlargest(count, keep="all").index}
+    from scanpy.preprocessing import highly_variable_genes  # noqa: PLC0415 (some seconds, not always needed)
+
+    cells = sp.vstack([block if total is None else log1p(block, total) for block in _cells(train)], format="csr")
+    chosen = AnnData(cells, var=pd.DataFrame(index=list(train.genes)))
+    highly_variable_genes(chosen, n_top_genes=count, flavor="seurat")
+    return set(chosen.var_names[chosen.var["highly_variable"]])
 
 
 def _places(screen: Screen, genes: Sequence[str]) -> Int[np.ndarray, "genes"]:

@@ -132,7 +132,8 @@ class Pairs:
     def align(cls, prediction: AnnData | str | Path, truth: Truth, *, units: Units | None = None) -> "Pairs":
         """Align a prediction with the truth.
 
-        Genes are put in order by name and further genes left out; both are noted. Predicted control
+        Genes are put in order by name, further genes left out, and test conditions that the prediction
+        lacks not scored; each is noted. Predicted control
         cells and conditions outside the test part are not looked at: scores refer to the real control
         on both sides.
 
@@ -149,12 +150,13 @@ class Pairs:
         Raises
         ------
         UserError
-            If genes or test conditions are missing, conditions are unknown, values are negative or not
+            If genes or all test conditions are missing, conditions are unknown, values are negative or not
             finite, or the scale is not the screen's.
         """
         adata = prediction if isinstance(prediction, AnnData) else read_prediction(Path(prediction))
         columns, reordered = _columns(adata, truth.screen)
         rows, ignored = _rows(pd.DataFrame(adata.obs), truth)
+        truth = truth.select(rows)
         matrix, rescaled = _matrix(adata, truth, units)
         cells = tuple(_exact(matrix[rows[label]][:, columns]) for label in truth.labels)
         model = str(adata.uns.get("knockon", {}).get("model", "prediction"))
@@ -310,15 +312,18 @@ def _rows(obs: pd.DataFrame, truth: Truth) -> tuple[dict[Label, Int[np.ndarray, 
             mend="leave them out: there is nothing to score them against",
         )
     missing = [label for label in truth.labels if label not in found]
-    if missing:
+    if len(missing) == len(truth.labels):
         raise UserError(
-            f"The prediction lacks {len(missing)} of {len(truth.labels)} test conditions",
+            "The prediction lacks all test conditions",
             offenders=missing,
-            expected="all of them, so that scores are comparable",
+            expected="cells of them",
             mend="predict them with knockon predict --part test",
         )
     ignored = [label for label in found if not label.is_control and label not in set(truth.labels)]
     notes = [f"{len(ignored)} predicted conditions outside the test part are ignored"] if ignored else []
+    if missing:
+        named = ", ".join(str(label) for label in missing)
+        notes.append(f"not comparable with others: the prediction lacks {len(missing)} test conditions: {named}")
     return found, notes
 
 

@@ -73,7 +73,7 @@ class DifferentialAttention(Attention):
         self, context: Float[Tensor, "cells heads genes head"]
     ) -> Float[Tensor, "cells heads genes head"]:
         """Bring every head to the same size, which the difference of two maps leaves open."""
-        return functional.rms_norm(context, self.scale.shape, self.scale, eps=1e-5)
+        return functional.rms_norm(context, self.scale.shape, self.scale.to(context.dtype), eps=1e-5)
 
     def forward(
         self, state: Float[Tensor, "cells genes dim"], reference: Heads

@@ -129,16 +129,15 @@ class ConditionEncoder(nn.Module):
     def __init__(self, spec: Spec, dim: int) -> None:
         super().__init__()
         position = {gene: index + 1 for index, gene in enumerate(spec.genes)}
-        token = torch.tensor([NOTHING, *(position.get(name, NOTHING) for name in spec.perturbations)])
-        is_gene = token != NOTHING
-        is_gene[0] = is_gene.any()
-        self.register_buffer("token", token, persistent=False)
-        self.register_buffer("is_gene", is_gene, persistent=False)
+        tokens = [position.get(name, NOTHING) for name in spec.perturbations]
+        self.register_buffer("token", torch.tensor([NOTHING, *tokens]), persistent=False)
+        is_gene = [any(tokens), *(token != NOTHING for token in tokens)]
+        self.register_buffer("is_gene", torch.tensor(is_gene), persistent=False)
         self.own: Rows | Projection | None = None
         if spec.vectors is not None:
             self.own = Projection(spec.vectors, dim)
-        elif not is_gene.all():
-            self.own = Rows(len(token), dim)
+        elif not all(is_gene):
+            self.own = Rows(len(is_gene), dim)
         self.dose = None
         if spec.dose_unit is not None:
             self.dose = nn.Sequential(linear(1, dim), nn.SiLU(), linear(dim, 2 * dim))

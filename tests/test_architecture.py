@@ -15,6 +15,7 @@ TIERS = (
     {"models"},
     {"predict"},
     {"run"},
+    {"checkpoint"},
     {"train"},
     {"evaluate"},
     {"compare"},

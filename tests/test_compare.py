@@ -59,7 +59,10 @@ def test_what_cannot_be_predicted_is_left_out_and_said(
     unseen = splits.unseen(screen, fraction=0.2)
     with caplog.at_level("INFO", logger="knockon"):
         summary = compare(
-            screen, unseen, out=tmp_path, comparison=Comparison(models=("latent_additive:small",), cells=8, steps=1)
+            screen,
+            unseen,
+            out=tmp_path,
+            comparison=Comparison(models=("latent_additive:small",), cells=8, steps=1),
         )
     assert "latent_additive-small is left out" in caplog.text
     assert "the mean effect stands in" in caplog.text

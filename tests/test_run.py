@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
@@ -111,4 +110,3 @@ def test_a_prediction_tells_where_it_is_from(run: Run, tmp_path: Path) -> None:
     again = Screen.read(tmp_path / "pred.h5ad")
     assert again.genes == run.screen.genes
     assert set(again.conditions) == set(run.split.test)
-    assert torch.get_num_threads() == 1

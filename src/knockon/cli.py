@@ -145,7 +145,7 @@ class Train(Command):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("name", nargs="?")
         first.add_argument("--preset", default="default")
-        known, _ = first.parse_known_args(arguments[:1] + _option(arguments, "--preset"))
+        known, _ = first.parse_known_args([*arguments[:1], *_option(arguments, "--preset")])
         if known.name is None or known.name.startswith("-"):
             raise UserError("No model", expected="one of " + ", ".join(models.names()), mend="name it first")
         recipe = models.recipe(known.name, known.preset)
@@ -253,7 +253,10 @@ class Compare(Command):
         split = splits.make(self.split, screen)
         summary = compare(screen, split, out=self.out, comparison=self.comparison, options=self.options)
         _table(summary)
-        for draw, path in ((report.write, self.out / "report.html"), (report.picture, self.out / "scores.png")):
+        for draw, path in (
+            (report.write, self.out / "report.html"),
+            (report.picture, self.out / "scores.png"),
+        ):
             draw(self.out, path)
             _print(str(path))
 

@@ -50,8 +50,8 @@ def compare(
     split: Split,
     *,
     out: str | Path,
-    comparison: Comparison = Comparison(),  # noqa: B008 (frozen)
-    options: Options = Options(),  # noqa: B008 (frozen)
+    comparison: Comparison = Comparison(),
+    options: Options = Options(),
 ) -> pd.DataFrame:
     """Train, predict and score models; what lies in the folder already is not done again.
 
@@ -64,7 +64,7 @@ def compare(
     """
     folder = Path(out)
     recipes = _recipes(comparison)
-    _announce(screen, split)
+    _announce(split)
     found: list[pd.DataFrame] = []
     truth: Truth | None = None
     for name, recipe in recipes.items():
@@ -101,7 +101,7 @@ def _recipes(comparison: Comparison) -> dict[str, Recipe]:
     return recipes
 
 
-def _announce(screen: Screen, split: Split) -> None:
+def _announce(split: Split) -> None:
     """Say what stands in where the additive baseline lacks a single."""
     measured = {label.everywhere for label in (*split.train, *split.validation)}
     tested = {label.everywhere for label in split.test}

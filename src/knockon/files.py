@@ -111,21 +111,28 @@ def from_plain(kind: type[T], value: Mapping[str, Any], *, where: str) -> T:
 
 def _as(hint: Any, value: Any, where: str) -> Any:
     """``value`` as the annotated type, where JSON has fewer types than Python."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_plain(typing.cast(type, hint), value, where=where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _as(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list | tuple):
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        found = from_plain(typing.cast(type, hint), value, where=where)
+    elif origin in (typing.Union, types.UnionType):
+        found = (
+            None if value is None else _as(next(a for a in arguments if a is not type(None)), value, where)
+        )
+    elif origin is tuple and isinstance(value, list | tuple):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) == len(value):
-            return tuple(_as(kind, item, where) for kind, item in zip(kinds, value, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _as(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if not (value in arguments if origin is typing.Literal else type(value) is hint):
-        raise UserError(f"{where} is {value!r}", expected=str(getattr(hint, "__name__", hint)))
-    return value
+        _require(len(kinds) == len(value), value, f"{len(kinds)} values", where)
+        found = tuple(_as(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        found = {str(key): _as(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif origin is typing.Literal:
+        _require(value in arguments, value, " or ".join(map(str, arguments)), where)
+        found = value
+    else:
+        found = float(value) if hint is float and type(value) is int else value
+        _require(type(found) is hint, value, str(getattr(hint, "__name__", hint)), where)
+    return found
+
+
+def _require(fits: bool, value: object, expected: str, where: str) -> None:  # noqa: FBT001
+    if not fits:
+        raise UserError(f"{where} is {value!r}", expected=expected)

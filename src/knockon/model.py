@@ -167,5 +167,5 @@ def load_weights(model: Model, path: Path) -> None:
 
 
 def model_class(config: ModelConfig) -> type[Model]:
-    """The class that a configuration builds, known before there is any data to build it for."""
+    """Name the class that a configuration builds, known before there is any data to build it for."""
     return get_type_hints(type(config).build)["return"]

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from knockon.data.screen import Screen
 from knockon.model import Model
@@ -18,7 +19,7 @@ CHUNK = 256
 """Cells that a model generates at once; part of the definition of a seeded prediction."""
 
 
-class Refusal(UserError):
+class Refusal(UserError):  # noqa: N818 (not the program's error)
     """A model was asked for conditions that it has no basis to predict."""
 
 
@@ -63,8 +64,7 @@ def generate(
     """
     if cells < 1:
         raise UserError(f"{cells} cells per condition", expected="at least 1", mend="set --cells")
-    condition = model.spec.encode(labels)
-    known = model.knows(condition.to(_device(model))).tolist()
+    known = model.knows(model.spec.encode(labels).to(_device(model))).tolist()
     refused = [label for label, is_known in zip(labels, known, strict=True) if not is_known]
     if refused:
         name = type(model).__module__.rpartition(".")[2]
@@ -74,21 +74,31 @@ def generate(
             expected="perturbations that it was trained on, or that have a vector or a gene in the panel",
             mend="leave them out, or choose a model or a fallback that knows them (docs/models)",
         )
-    model.eval()
     blocks, used = [], []
-    for index, label in enumerate(labels):
-        draw = np.random.default_rng(_seed(seed, label))
-        rows = _balanced(screen.control_rows(label), cells, draw)
-        rng = torch.Generator(_device(model)).manual_seed(int(draw.integers(2**62)))
-        for start in range(0, cells, CHUNK):
-            control = torch.from_numpy(screen.gather(rows[start : start + CHUNK])).to(_device(model))
-            one = condition[index : index + 1].to(_device(model))
-            with torch.inference_mode():
-                drawn = model.sample(control[None], one, rng)[0]
-            blocks.append(sp.csr_matrix(drawn.float().cpu().numpy()))
+    for label in labels:
+        drawn, rows = draw(model, screen, label, cells=cells, seed=seed)
+        blocks.append(sp.csr_matrix(drawn.cpu().numpy()))
         used.append(rows)
         advance()
     return _assemble(screen, labels, blocks, used)
+
+
+@torch.inference_mode()
+def draw(
+    model: Model, screen: Screen, label: Label, *, cells: int, seed: int
+) -> tuple[Float[Tensor, "cells genes"], Int[np.ndarray, "cells"]]:
+    """Generate cells of one condition, and name the rows of the control cells that they came from."""
+    model.eval()
+    device = _device(model)
+    random = np.random.default_rng(_seed(seed, label))
+    rows = _balanced(screen.control_rows(label), cells, random)
+    rng = torch.Generator(device).manual_seed(int(random.integers(2**62)))
+    condition = model.spec.encode([label]).to(device)
+    chunks = [
+        model.sample(torch.from_numpy(screen.gather(chunk)).to(device)[None], condition, rng)[0].float()
+        for chunk in np.split(rows, range(CHUNK, cells, CHUNK))
+    ]
+    return torch.cat(chunks), rows
 
 
 def _device(model: Model) -> torch.device:
@@ -104,10 +114,10 @@ def _seed(seed: int, label: Label) -> list[int]:
 
 
 def _balanced(
-    rows: Int[np.ndarray, "controls"], cells: int, draw: np.random.Generator
+    rows: Int[np.ndarray, "controls"], cells: int, random: np.random.Generator
 ) -> Int[np.ndarray, "cells"]:
     """Draw rows so that none is used more than once oftener than another, in random order."""
-    rounds = [draw.permutation(rows) for _ in range(-(-cells // len(rows)))]
+    rounds = [random.permutation(rows) for _ in range(-(-cells // len(rows)))]
     return np.concatenate(rounds)[:cells]
 
 
@@ -135,9 +145,9 @@ def _assemble(
             },
             "control_cell": names[origin],
         },
-        index=[f"predicted_{i}" for i in range(num_predicted)] + list(names[controls]),
+        index=pd.Index([*(f"predicted_{i}" for i in range(num_predicted)), *names[controls]]),
     )
     if screen.dose_unit is not None:
         obs["dose"] = pd.Categorical(["+".join(f"{dose:g}" for dose in label.doses) for label in kinds])
     matrix = sp.vstack([*blocks, sp.csr_matrix(screen.gather(controls))], format="csr", dtype=np.float32)
-    return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=list(screen.genes)))
+    return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=pd.Index(screen.genes)))

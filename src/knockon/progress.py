@@ -37,6 +37,6 @@ def bar(
         def advance(text: str = "") -> None:
             speed = display.tasks[0].finished_speed or display.tasks[0].speed
             rate = f"{speed:.1f}/s" if speed else ""
-            display.update(task, advance=1, rate=rate, **({"text": text} if text else {}))
+            display.update(task, advance=1, rate=rate, text=text or display.tasks[0].fields["text"])
 
         yield advance

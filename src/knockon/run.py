@@ -73,7 +73,7 @@ class Record:
         return WEIGHTS in self.files
 
     def asked(self) -> dict[str, object]:
-        """What the user asked for, without what came of it: equal for a run and its resumption."""
+        """Keep what the user asked for and drop what came of it: equal for a run and its resumption."""
         outcome = {"files", "versions", "device", "steps", "seconds"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
 

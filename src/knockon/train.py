@@ -2,35 +2,30 @@
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import TensorBoardLogger
-from torch import Tensor
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 from knockon import models
+from knockon.checkpoint import CHECKPOINT, Journal, State
 from knockon.data import prepare, splits
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.dynamics.discrepancy import energy_distance
-from knockon.files import write_text, written_aside
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class
-from knockon.predict import generate
+from knockon.predict import draw
 from knockon.progress import bar
-from knockon.run import LOG, RECORD, SPEC, SPLIT, Record, Run, resolve_device, save_run, versions, write_spec
+from knockon.run import LOG, RECORD, SPLIT, Record, Run, resolve_device, save_run, versions, write_spec
 from knockon.types import Label, UserError
 
-CHECKPOINT = Path("checkpoint") / "state.safetensors"
 VALIDATION_CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
 
@@ -42,7 +37,7 @@ class Options:
     """Everything about a training run that is not the model's own."""
 
     genes: int | None = None
-    """Most variable genes to keep, chosen on training cells; perturbed genes are kept besides. All without it."""
+    """Most variable genes to keep, chosen on training cells, besides the perturbed ones; all without it."""
     total: float | None = None
     """Counts per cell to normalize to, where the screen holds counts; the training median without it."""
     device: str = "auto"
@@ -59,7 +54,7 @@ def train(
     split: Split | str = "additive",
     *,
     out: str | Path,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: Options = Options(),
 ) -> Run:
     """Train a model and write its run folder; continue where an earlier run of the same stopped.
 
@@ -171,65 +166,6 @@ def _check_same(earlier: Record, record: Record, folder: Path, split: Split, scr
         )
 
 
-@dataclass(eq=False)
-class _State:
-    """All that changes during training, and so all that resuming needs."""
-
-    model: Model
-    average: Model | None
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_score: float = math.inf
-    stale: int = 0
-
-    @property
-    def predictor(self) -> Model:
-        """The model that predictions come from."""
-        return self.average or self.model
-
-    def exhausted(self, training: Training) -> bool:
-        """Whether validation has not improved for too long."""
-        return bool(training.patience) and self.stale >= training.patience
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        numbers = {"step": self.step, "best_score": self.best_score, "stale": self.stale}
-        with written_aside(path) as aside:
-            safetensors.torch.save_file(tensors, aside, metadata={"numbers": json.dumps(numbers)})
-
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "best": {}, "optimizer": {}}
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                numbers = json.loads(file.metadata()["numbers"])
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part, _, rest = name.partition(".")
-                    parts[part][rest] = file.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"Cannot read the checkpoint {path} ({error})", mend="remove the run folder and train again"
-            ) from error
-        self.model.load_state_dict(parts["model"])
-        if self.average is not None:
-            self.average.load_state_dict(parts["average"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        self.best = parts["best"]
-        self.step, self.best_score, self.stale = numbers["step"], numbers["best_score"], numbers["stale"]
-
-
 def _optimize(
     network: Model, screen: Screen, split: Split, *, folder: Path, training: Training, options: Options
 ) -> int:
@@ -237,17 +173,13 @@ def _optimize(
     if not training.steps:
         return 0
     fabric = _fabric(folder, training, options)
-    network.to(fabric.device)
-    average = copy.deepcopy(network).requires_grad_(requires_grad=False) if training.ema else None
-    state = _State(network, average, _optimizer(network, training))
-    if (folder / CHECKPOINT).exists():
-        state.load(folder / CHECKPOINT)
-        log.info("Continuing %s at step %d of %d", folder, state.step, training.steps)
-    journal = _Journal(folder / LOG, state.step)
+    state = _begin(network.to(fabric.device), folder, training)
+    journal = Journal(folder / LOG, state.step)
     module, optimizer = fabric.setup(network, state.optimizer)
     module.mark_forward_method("loss")
     objective = torch.compile(module.loss) if training.compile else module.loss
     sampler = _sampler(screen, network, split, training, fabric.device)
+    validation = tuple(label for label in split.validation if len(screen.rows[label]) > 1)
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
@@ -266,8 +198,8 @@ def _optimize(
                 fabric.clip_gradients(module, optimizer, max_norm=training.clip, error_if_nonfinite=False)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if average is not None:
-                _follow(average, network, min(training.ema, (1 + state.step) / (10 + state.step)))
+            if state.average is not None:
+                _follow(state.average, network, min(training.ema, (1 + state.step) / (10 + state.step)))
             state.step += 1
             # -----------------------------------------------------------------------------------
             text = ""
@@ -276,13 +208,25 @@ def _optimize(
                 journal.write(state.step, lr=learning_rate(state.step - 1, training), **values)
                 fabric.log_dict(values, state.step)
                 text = f"loss {values['total']:.4f}"
-            if _due(state.step, training.validate_every) and split.validation:
-                journal.write(state.step, validation=_validate(state, screen, split.validation, training))
+            if _due(state.step, training.validate_every) and validation:
+                state.judge(_validate(state.predictor, screen, validation, training))
+                network.train()
+                journal.write(state.step, validation=state.score)
             if _due(state.step, training.checkpoint_every):
                 state.save(folder / CHECKPOINT)
             advance(text)
     network.load_state_dict(state.best or state.predictor.state_dict())
     return state.step
+
+
+def _begin(network: Model, folder: Path, training: Training) -> State:
+    """Start anew, or where the folder's checkpoint says."""
+    average = copy.deepcopy(network).requires_grad_(requires_grad=False) if training.ema else None
+    state = State(network, average, _optimizer(network, training))
+    if (folder / CHECKPOINT).exists():
+        state.load(folder / CHECKPOINT)
+        log.info("Continuing %s at step %d of %d", folder, state.step, training.steps)
+    return state
 
 
 def _fabric(folder: Path, training: Training, options: Options) -> Fabric:
@@ -330,54 +274,15 @@ def _optimizer(network: Model, training: Training) -> torch.optim.Optimizer:
 @torch.no_grad()
 def _follow(average: Model, network: Model, decay: float) -> None:
     """Move the averaged weights towards the current ones."""
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for mean, current in zip(average.parameters(), network.parameters(), strict=True):
+        mean.lerp_(current, 1 - decay)
 
 
-def _validate(state: _State, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
-    """Mean energy distance between generated and real cells of validation conditions; lower is better.
-
-    The weights are kept if they are the best so far.
-    """
+def _validate(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
+    """Mean energy distance between generated and real cells of validation conditions; lower is better."""
     distances = []
     for label in labels[:VALIDATION_CONDITIONS]:
-        predicted = generate(
-            state.predictor, screen, [label], cells=training.validate_cells, seed=training.seed
-        )
-        drawn = torch.from_numpy(predicted.X[: training.validate_cells].toarray())
-        distances.append(float(energy_distance(drawn, torch.from_numpy(screen.cells_of(label)))))
-    state.model.train()
-    score = float(np.mean(distances))
-    state.stale += 1
-    if score < state.best_score:
-        state.best_score, state.stale = score, 0
-        state.best = {name: tensor.clone() for name, tensor in state.predictor.state_dict().items()}
-    return score
-
-
-class _Journal:
-    """``log.jsonl``: one line for each logged step, none of a step that will be done again."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        """Drop what an earlier process logged after the step that training continues from."""
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def write(self, step: int, **values: float) -> None:
-        """Append a line.
-
-        Raises
-        ------
-        UserError
-            If a value is not finite.
-        """
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            raise UserError(
-                f"Training diverged at step {step}: not a finite number",
-                offenders=wrong,
-                mend="lower --train.lr, or bound the gradient with --train.clip",
-            )
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        drawn, _ = draw(model, screen, label, cells=training.validate_cells, seed=training.seed)
+        real = torch.from_numpy(screen.cells_of(label)).to(drawn.device)
+        distances.append(float(energy_distance(drawn, real)))
+    return float(np.mean(distances))

@@ -112,7 +112,7 @@ class Label:
         return Label(self.perturbations, self.doses)
 
     def control(self) -> "Label":
-        """The control of the same context."""
+        """Name the control of the same context."""
         return Label(covariates=self.covariates)
 
     def __str__(self) -> str:

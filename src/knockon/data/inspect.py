@@ -80,7 +80,7 @@ class Report:
             yield "Nothing keeps this file from being used."
 
 
-def inspect(path: str | Path, columns: Columns = Columns()) -> Report:  # noqa: B008 - frozen
+def inspect(path: str | Path, columns: Columns = Columns()) -> Report:
     """Read a file as ``Screen.read`` would, and list everything that is in its way.
 
     Parameters

@@ -126,8 +126,10 @@ def _variable(train: Screen, total: float | None, count: int) -> set[str]:
     """
     from scanpy.preprocessing import highly_variable_genes  # noqa: PLC0415 (some seconds, not always needed)
 
-    cells = sp.vstack([block if total is None else log1p(block, total) for block in _cells(train)], format="csr")
-    chosen = AnnData(cells, var=pd.DataFrame(index=list(train.genes)))
+    cells = sp.vstack(
+        [block if total is None else log1p(block, total) for block in _cells(train)], format="csr"
+    )
+    chosen = AnnData(cells, var=pd.DataFrame(index=pd.Index(train.genes)))
     highly_variable_genes(chosen, n_top_genes=count, flavor="seurat")
     return set(chosen.var_names[chosen.var["highly_variable"]])
 

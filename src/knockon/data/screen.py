@@ -64,7 +64,7 @@ class Screen:
     dose_unit: str | None = None
     digest: str = ""
     source: str = ""
-    columns: Columns = Columns()  # noqa: RUF009 - frozen
+    columns: Columns = Columns()
     notes: tuple[str, ...] = ()
     vocabulary: tuple[Label, ...] = ()
     spellings: Mapping[Label, str] = field(default_factory=dict)
@@ -197,7 +197,7 @@ class Screen:
         cls,
         adata: AnnData,
         *,
-        columns: Columns = Columns(),  # noqa: B008 - frozen
+        columns: Columns = Columns(),
         source: str = "",
     ) -> "Screen":
         """Make a screen of cells in memory or on disk.
@@ -218,7 +218,7 @@ class Screen:
         return _assemble(stored, columns, source)
 
 
-def read(path: str | Path, columns: Columns = Columns(), *, backed: bool = False) -> Screen:  # noqa: B008 - frozen
+def read(path: str | Path, columns: Columns = Columns(), *, backed: bool = False) -> Screen:
     """Read ``.h5ad`` or ``.zarr``; like ``Screen.read``, with all columns in one piece."""
     return _assemble(load(Path(path), layer=columns.layer, backed=backed), columns, str(path))
 

@@ -323,7 +323,9 @@ def _rows(obs: pd.DataFrame, truth: Truth) -> tuple[dict[Label, Int[np.ndarray, 
     notes = [f"{len(ignored)} predicted conditions outside the test part are ignored"] if ignored else []
     if missing:
         named = ", ".join(str(label) for label in missing)
-        notes.append(f"not comparable with others: the prediction lacks {len(missing)} test conditions: {named}")
+        notes.append(
+            f"not comparable with others: the prediction lacks {len(missing)} test conditions: {named}"
+        )
     return found, notes
 
 

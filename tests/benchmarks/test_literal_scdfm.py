@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from benchmarks import literal_scdfm
+from benchmarks import literal_scdfm, scdfm
 from benchmarks.literal_scdfm import Given, LiteralScDFM
 from torch import Tensor
 
@@ -180,3 +180,13 @@ def test_generation(fixture, solver, step):
     )
     agree(torch.stack(list(states)), fixture[f"sample64/{solver}/trajectory"])
     agree(states[-1].clamp_min(0), fixture[f"sample64/{solver}/clamped"])
+
+
+def test_knockon_gives_the_same_numbers():
+    size, device = scdfm.SIZES["quick"], torch.device("cpu")
+    literal, fast = scdfm.LiteralContestant(size, device), scdfm.KnockonContestant(size, device)
+    fast.take(literal.network)
+    cells = scdfm.Cells.draw(size, size.cells, device)
+    found = scdfm.deviations(size, literal, fast, cells)
+    assert found.keys() == {"velocity", "generation", "loss", "gradients"}
+    assert max(found.values()) < 1e-5

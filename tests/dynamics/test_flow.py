@@ -23,9 +23,9 @@ def test_the_endpoint_of_the_true_velocity_is_the_data(rng):
     torch.testing.assert_close(flow.endpoint(x_t, flow.velocity(x0, x1), t), x1, rtol=1e-5, atol=1e-5)
 
 
-def gaussians(rng: torch.Generator, cells: int) -> tuple[torch.Tensor, ...]:
-    source = torch.tensor([[0.0, -1.0, 2.0], [1.0, 0.5, 0.0]], dtype=torch.float64)
-    data = torch.tensor([[3.0, 0.5, 2.0], [0.2, 2.0, 0.0]], dtype=torch.float64)
+def gaussians(rng: torch.Generator, cells: int) -> tuple:
+    source = tuple(torch.tensor([[0.0, -1.0, 2.0], [1.0, 0.5, 0.0]], dtype=torch.float64))
+    data = tuple(torch.tensor([[3.0, 0.5, 2.0], [0.2, 2.0, 0.0]], dtype=torch.float64))
     x0, x1 = (m + s * torch.randn(cells, 3, generator=rng, dtype=torch.float64) for m, s in (source, data))
     return source, data, x0, x1
 

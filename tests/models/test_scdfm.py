@@ -22,7 +22,7 @@ def build(spec: Spec = SPEC, **switches: object) -> scdfm.SCDFM:
     rng = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = replace(SMALL, width=16, **switches).build(spec)
+        model = replace(SMALL, **{"width": 16, "anchored_base": False} | switches).build(spec)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     return model
@@ -150,8 +150,8 @@ SWITCHES = [
     {"gene_graph": False},
     {"mmd": 0.0},
     {"source": "poisson"},
-    {"source": "control"},
     {"gaussian_base": False},
+    {"anchored_base": True},
     {"normed_keys": False},
     {"residual_adapter": False},
     {"zero_init": False, "time_scale": 1.0},
@@ -183,7 +183,7 @@ def test_every_switch_trains_and_generates(rng, make_screen, switches):
 
 
 def test_closed_gates_leave_the_gaussian_velocity(rng):
-    model = SMALL.build(SPEC)
+    model = replace(SMALL, anchored_base=False).build(SPEC)
     model.data_moments[:] = torch.rand(2, GENES, generator=rng)
     x, control = torch.randn(2, 4, GENES, generator=rng)
     still = replace(model.config, gaussian_base=False).build(SPEC)
@@ -194,25 +194,17 @@ def test_closed_gates_leave_the_gaussian_velocity(rng):
 def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
     mean, std = torch.rand(GENES, generator=rng) + 4, torch.rand(GENES, generator=rng) + 0.1
     cells = (mean + std * torch.randn(1000, GENES, generator=rng)).numpy()
-    model = replace(SMALL, source="gaussian", points=12).build(SPEC)
+    model = replace(SMALL, anchored_base=False, points=12).build(SPEC)
     model.fit_statistics(make_screen({Label(): cells[:10], Label.of(["g1"]): cells}, SPEC.genes))
     drawn = model.sample(torch.zeros(1, 400, GENES), CONDITION[:1], rng)[0]
     torch.testing.assert_close(drawn.mean(0), torch.from_numpy(cells.mean(0)), rtol=0, atol=0.2)
     torch.testing.assert_close(drawn.std(0), torch.from_numpy(cells.std(0)), rtol=0.2, atol=0)
 
 
-def test_a_path_from_a_control_cell_is_shown_another(rng):
-    model = build(source="control", source_noise=0.0)
-    control = torch.randn(2, 5, GENES, generator=rng)
-    start, shown = model.start(control, rng)
-    assert torch.equal(start, control)
-    assert torch.equal(shown[:, 1:], control[:, :-1])
-
-
 def test_poisson_noise_scatters_around_the_control_cell(rng):
     model = build(source="poisson")
     control = torch.rand(1, 1, GENES, generator=rng).expand(1, 4000, -1)
-    start, _ = model.start(control, rng)
+    start = model.start(control, rng)
     share = control[0, 0].expm1() / control[0, 0].expm1().sum()
     torch.testing.assert_close(start.expm1().mean((0, 1)), 1e4 * share, rtol=0.01, atol=0)
 

@@ -251,7 +251,7 @@ def test_attention_and_block_alone(fixture, which, block):
     fixture.agree(attention.weight(), f"attn/{which}/lambda")
     context = attention.context(queries, projected)
     fixture.agree(context, f"attn/{which}/context")
-    fixture.agree(attention.normalize(context), f"attn/{which}/normed")
+    fixture.agree(attention.normalize(context) / (1 - attention.initial), f"attn/{which}/normed")
     q1, k1, q2, k2, _ = attention.both(queries, projected)
     for number, logits in enumerate((q1 @ k1.mT, q2 @ k2.mT), start=1):
         fixture.agree((logits / q1.shape[-1] ** 0.5).softmax(-1), f"attn/{which}/map{number}")

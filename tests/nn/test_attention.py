@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from knockon.nn.attention import DifferentialAttention, NeighborAttention, SoftmaxAttention, segment_softmax
+from knockon.nn.attention import (
+    CellByCell,
+    DifferentialAttention,
+    NeighborAttention,
+    SoftmaxAttention,
+    difference,
+    segment_softmax,
+)
 
 DIM, HEADS = 16, 2
 
@@ -67,3 +74,18 @@ def test_attention_over_edges_is_masked_attention(rng):
     row, column = allowed.nonzero(as_tuple=True)
     ours = attention(tokens, memory, (row, column), 0.0, None)
     torch.testing.assert_close(ours, attention.out(dense.transpose(0, 1).flatten(-2)))
+
+
+def test_cell_by_cell_is_the_same_attention(rng):
+    inputs = [torch.randn(3, HEADS, 7, 4, generator=rng, dtype=torch.float64) for _ in range(5)]
+    inputs = [x.requires_grad_() for x in [*inputs, torch.tensor(0.3, dtype=torch.float64)]]
+    torch.testing.assert_close(CellByCell.apply(*inputs), difference(*inputs))
+    assert torch.autograd.gradcheck(CellByCell.apply, inputs)
+
+
+def test_bf16_on_a_cpu(rng):
+    inputs = [torch.randn(3, HEADS, 7, 4, generator=rng) for _ in range(5)]
+    weight = torch.tensor(0.3)
+    rough = difference(*(x.bfloat16() for x in inputs), weight)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), difference(*inputs, weight), rtol=0.05, atol=0.05)

@@ -33,8 +33,8 @@ def endpoint(
 def gaussian_velocity(
     x_t: Float[Tensor, "*cells genes"],
     t: Float[Tensor, "*cells"],
-    source: Float[Tensor, "mean_and_std genes"],
-    data: Float[Tensor, "mean_and_std genes"],
+    source: tuple[Float[Tensor, "*#cells genes"], Float[Tensor, "genes"]],
+    data: tuple[Float[Tensor, "*#cells genes"], Float[Tensor, "genes"]],
 ) -> tuple[Float[Tensor, "*cells genes"], Float[Tensor, "*cells genes"]]:
     """Best velocity if every gene were an independent Gaussian in the source and in the data.
 
@@ -44,7 +44,7 @@ def gaussian_velocity(
     Parameters
     ----------
     source, data
-        Mean and standard deviation of each gene at t = 0 and at t = 1.
+        Mean and standard deviation of each gene at t = 0 and at t = 1; means may differ between cells.
 
     Returns
     -------

@@ -19,6 +19,8 @@ class Config(ModelConfig):
 
     missing: Literal["refuse", "mean", "zero"] = "refuse"
     """A part that was never measured alone: refuse it, or take the mean effect, or none."""
+    exact: bool = True
+    """Answer a measured condition with its own effect; without this, with the sum of its parts."""
 
     def build(self, spec: Spec) -> "Additive":
         """Make the model."""
@@ -51,6 +53,8 @@ class Additive(MeanModel):
         if self.config.missing == "mean":
             average = self.effects.average(condition).unsqueeze(1)
             parts = first_found(parts, average * (condition.perturbation > 0).unsqueeze(-1))
+        if not self.config.exact:
+            return self.effects(parts.sum(1))
         return self.effects(first_found(self.effects.exact(condition), parts.sum(1)))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:

@@ -17,6 +17,7 @@ from knockon.data import graph
 from knockon.data.values import Matrix
 from knockon.dynamics import discrepancy, flow, solve
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
+from knockon.models import additive
 from knockon.models._released_scdfm import from_released
 from knockon.nn.pad import Architecture, Known, PADTransformer
 from knockon.types import CellSets, Condition, Spec
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
 class Config(Architecture, ModelConfig):
     """scDFM: its network (``Architecture``), its objective and its way of sampling."""
 
-    source: Literal["gaussian", "poisson", "control"] = "gaussian"
-    """Where paths start: standard noise; ``log1p`` of Poisson counts around the control cell; or another
-    control cell of the set with some noise (not in the paper)."""
-    source_noise: float = 0.1
-    """Standard deviation of the noise on a control cell that a path starts from."""
+    source: Literal["gaussian", "poisson"] = "gaussian"
+    """Where paths start: standard noise, or ``log1p`` of Poisson counts around the control cell."""
     poisson_total: float = 1e4
     """Counts of a Poisson start."""
     gaussian_base: bool = True
     """The network adds to the best velocity between Gaussians of each gene's mean and variance in
     training cells, so that it need not learn these (not in the paper)."""
+    anchored_base: bool = True
+    """The mean of that Gaussian is the one that adding single effects predicts for the condition, so that
+    the network learns the shape of populations and what is not additive (not in the paper)."""
     mmd: float = 0.5
     """Weight of the maximum mean discrepancy; 0 is the paper's ablation."""
     genes_per_step: int = 1000
@@ -59,10 +60,13 @@ class Config(Architecture, ModelConfig):
     """Rule of the steps of generation."""
     points: int = 20
     """Times from 0 to 1, both included, between which steps are taken."""
+    late_steps: float = 1.0
+    """Steps shrink towards t = 1, where zeros part from small values: times are 1 - (1 - u) to this power,
+    for evenly spaced u; 1 in the paper."""
     dropout_in_generation: bool = False
     """Dropout while cells are generated, as in the released program."""
     snap_zeros: bool = True
-    """Values nearer to zero than to the smallest values of the gene in training cells become zero."""
+    """Values below the smallest value of the gene in training cells become zero (not in the paper)."""
     skip_constant: bool = True
     """Genes with the same value in all training cells are neither trained nor generated, but kept at it."""
     chunk: int = 65_536
@@ -74,11 +78,14 @@ class Config(Architecture, ModelConfig):
 
 
 def default() -> Recipe:
-    """Return what is best for some hundred genes on a CPU; larger screens deserve a wider network."""
+    """Return what is best for some hundred genes on two CPU cores, in minutes.
+
+    Larger screens on a GPU deserve a wider network and more genes per step.
+    """
     return Recipe(
-        model=Config(),
+        model=Config(width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=11, late_steps=2.0),
         train=Training(
-            steps=2000, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=100, clip=1.0, ema=0.995,
+            steps=700, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
             optimizer="adamw", weight_decay=0.01,
         ),
     )  # fmt: skip
@@ -101,6 +108,7 @@ def paper() -> Recipe:
             residual_adapter=False,
             source="gaussian",
             gaussian_base=False,
+            anchored_base=False,
             mmd=0.5,
             genes_per_step=1000,
             graph_neighbors=30,
@@ -146,6 +154,9 @@ class SCDFM(Model):
         self.register_buffer("data_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
         self.register_buffer("smallest", torch.zeros(genes))
         self.register_buffer("generated", torch.arange(genes))
+        self.anchor = None
+        if config.gaussian_base and config.anchored_base:
+            self.anchor = additive.Config(missing="mean", exact=False).build(spec)
 
     def fit_statistics(self, train: "Screen") -> None:
         """Note the perturbations and the smallest values seen; fit moments and the graph of genes."""
@@ -156,9 +167,10 @@ class SCDFM(Model):
         every = np.concatenate([controls, treated])
         self.smallest.copy_(torch.from_numpy(graph.smallest(matrix, every)))
         self.data_moments.copy_(_moments(matrix, treated))
-        if config.source != "gaussian":
-            mean, std = _moments(matrix, controls)
-            self.source_moments.copy_(torch.stack([mean, std.hypot(std.new_tensor(config.source_noise))]))
+        if config.source == "poisson":
+            self.source_moments.copy_(_moments(matrix, controls))
+        if self.anchor is not None:
+            self.anchor.fit_statistics(train)
         if config.skip_constant:
             self.generated = _moments(matrix, every)[1].nonzero().flatten().to(self.generated.device)
         if config.gene_graph:
@@ -180,9 +192,8 @@ class SCDFM(Model):
             drawn = torch.randperm(len(genes), generator=rng, device=rng.device)
             genes = genes[drawn[: self.config.genes_per_step].to(genes.device)]
         control, x1 = batch.control[..., genes], batch.target[..., genes]
-        x0, reference = self.start(control, rng)
         t = torch.rand(x1.shape[:2], generator=rng, device=x1.device)
-        return self.objective(genes, Pairs(x0, x1, reference, t), batch.condition, rng)
+        return self.objective(genes, Pairs(self.start(control, rng), x1, control, t), batch.condition, rng)
 
     def objective(
         self,
@@ -192,11 +203,12 @@ class SCDFM(Model):
         rng: torch.Generator | None = None,
     ) -> Losses:
         """Losses of paths between given cells; ``rng`` switches dropout on."""
-        x0, x1, reference, t = pairs
+        x0, x1, control, t = pairs
         x_t = flow.interpolate(x0, x1, t)
         g, p = self.network.encode(genes, condition, rng)
-        known = self.network.know(g, reference.flatten(0, 1), p.repeat_interleave(x1.shape[1], 0), rng)
-        v = self.velocity(genes, x_t.flatten(0, 1), t.flatten(), known, rng).view_as(x1)
+        known = self.network.know(g, control.flatten(0, 1), p.repeat_interleave(x1.shape[1], 0), rng)
+        mean = self.mean(condition)[:, genes].repeat_interleave(x1.shape[1], 0)
+        v = self.velocity(genes, x_t.flatten(0, 1), t.flatten(), known, rng, mean=mean).view_as(x1)
         with torch.autocast(x1.device.type, enabled=False):
             matching = functional.mse_loss(v, flow.velocity(x0, x1))
             losses = {"total": matching, "flow": matching}
@@ -212,32 +224,36 @@ class SCDFM(Model):
         t: Float[Tensor, "cells"],
         known: Known,
         rng: torch.Generator | None = None,
+        *,
+        mean: Float[Tensor, "cells genes"] | None = None,
     ) -> Float[Tensor, "cells genes"]:
-        """Velocity of cells: the network's, on top of the Gaussian one where the configuration says so."""
+        """Velocity of cells: the network's, on top of the Gaussian one where the configuration says so.
+
+        ``mean`` is that of the Gaussian at t = 1; without it, the mean of all training perturbations.
+        """
         v = self.network(x_t, t, known, rng)
         if not self.config.gaussian_base:
             return v
-        base, spread = flow.gaussian_velocity(
-            x_t, t, self.source_moments[:, genes], self.data_moments[:, genes]
-        )
+        (m0, s0), (m1, s1) = self.source_moments[:, genes], self.data_moments[:, genes]
+        base, spread = flow.gaussian_velocity(x_t, t, (m0, s0), (m1 if mean is None else mean, s1))
         return base + spread * v
+
+    def mean(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Mean of the Gaussian that paths are expected to end in."""
+        if self.anchor is None:
+            return self.data_moments[0].expand(len(condition), -1)
+        with torch.autocast(self.smallest.device.type, enabled=False):
+            return self.anchor.mean(condition)
 
     def start(
         self, control: Float[Tensor, "sets cells genes"], rng: torch.Generator
-    ) -> tuple[Float[Tensor, "sets cells genes"], Float[Tensor, "sets cells genes"]]:
-        """Draw states at t = 0, and choose the control cells that the network is shown.
-
-        Where paths start from control cells, the network is shown the next one of the set: from a path's
-        own it could read the noise, and the path would carry nothing else.
-        """
-        if self.config.source == "poisson":
-            rates = control.expm1().clamp_min(0)
-            rates = rates * (self.config.poisson_total / rates.sum(-1, keepdim=True).clamp_min(1e-8))
-            return torch.poisson(rates, generator=rng).log1p(), control
-        noise = torch.randn(control.shape, generator=rng, device=control.device, dtype=control.dtype)
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Draw states at t = 0."""
         if self.config.source == "gaussian":
-            return noise, control
-        return control + self.config.source_noise * noise, control.roll(1, dims=1)
+            return torch.randn(control.shape, generator=rng, device=control.device, dtype=control.dtype)
+        rates = control.expm1().clamp_min(0)
+        rates = rates * (self.config.poisson_total / rates.sum(-1, keepdim=True).clamp_min(1e-8))
+        return torch.poisson(rates, generator=rng).log1p()
 
     def sample(
         self,
@@ -247,14 +263,17 @@ class SCDFM(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Follow the velocity from each start; all genes at once, some cells at a time."""
         genes, cells = self.generated, control.shape[1]
-        starts, shown = (x.flatten(0, 1) for x in self.start(control[..., genes], rng))
-        times = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
+        starts = self.start(control[..., genes], rng).flatten(0, 1)
+        shown = control[..., genes].flatten(0, 1)
+        evenly = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
+        times = 1 - (1 - evenly) ** self.config.late_steps if self.config.late_steps != 1 else evenly
         noise = rng if self.config.dropout_in_generation else None
         g, p = self.network.encode(genes, condition, noise)
-        p, parts = p.repeat_interleave(cells, 0), []
+        p, mean = (x.repeat_interleave(cells, 0) for x in (p, self.mean(condition)[:, genes]))
+        parts = []
         for rows in torch.arange(len(p), device=p.device).split(max(1, self.config.chunk // len(genes))):
             known = self.network.know(g, shown[rows], p[rows], noise)
-            parts.append(self._follow(genes, starts[rows], times, known, noise))
+            parts.append(self._follow(genes, Start(starts[rows], mean[rows], known), times, noise))
         whole = self.data_moments[0].to(control.dtype).expand(control.shape).clone()
         whole[..., genes] = self._finish(torch.cat(parts), genes).unflatten(0, control.shape[:2])
         return whole
@@ -262,33 +281,40 @@ class SCDFM(Model):
     def _follow(
         self,
         genes: Int[Tensor, "genes"],
-        x: Float[Tensor, "cells genes"],
+        start: "Start",
         times: Float[Tensor, "points"],
-        known: Known,
         rng: torch.Generator | None,
     ) -> Float[Tensor, "cells genes"]:
         """Carry states from t = 0 to t = 1."""
 
         def field(x: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(genes, x, t.expand(len(x)), known, rng)
+            return self.velocity(genes, x, t.expand(len(x)), start.known, rng, mean=start.mean)
 
-        return solve.integrate(field, x, times, self.config.solver)
+        return solve.integrate(field, start.x, times, self.config.solver)
 
     def _finish(
         self, x: Float[Tensor, "cells genes"], genes: Int[Tensor, "genes"]
     ) -> Float[Tensor, "cells genes"]:
         """Turn states into values that an expression can have."""
         if self.config.snap_zeros:
-            x = torch.where(x < self.smallest[genes] / 2, 0, x)
+            x = torch.where(x < self.smallest[genes], 0, x)
         return x.clamp_min(0)
 
 
+class Start(NamedTuple):
+    """Cells at t = 0, the mean that each is expected to end around, and what the network knows of each."""
+
+    x: Float[Tensor, "cells genes"]
+    mean: Float[Tensor, "cells genes"]
+    known: Known
+
+
 class Pairs(NamedTuple):
-    """Ends of paths, the control cells shown, and times."""
+    """Both ends of paths, the control cells beside them, and times."""
 
     x0: Float[Tensor, "sets cells genes"]
     x1: Float[Tensor, "sets cells genes"]
-    reference: Float[Tensor, "sets cells genes"]
+    control: Float[Tensor, "sets cells genes"]
     t: Float[Tensor, "sets cells"]
 
 

@@ -4,7 +4,7 @@ All attention over genes is fused: no map of genes x genes is ever stored.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from knockon.nn.blocks import Attention, Heads, dropout, xavier
+
+CACHED_GENES = 1024
+"""Genes up to which the maps of one cell are worth making on a CPU."""
 
 Reference = Literal["state", "control"]
 """Where the second source of a map comes from: the state itself, or the control cell."""
@@ -65,21 +68,20 @@ class DifferentialAttention(Attention):
     ) -> Float[Tensor, "cells heads genes head"]:
         """Compute ``(A1 - lambda A2) V`` of each head."""
         q1, k1, q2, k2, values = self.both(state, reference)
-        plus = functional.scaled_dot_product_attention(q1, k1, values)
-        minus = functional.scaled_dot_product_attention(q2, k2, values)
-        return plus - self.weight().to(minus.dtype) * minus
+        return difference(q1, k1, q2, k2, values, self.weight())
 
     def normalize(
         self, context: Float[Tensor, "cells heads genes head"]
     ) -> Float[Tensor, "cells heads genes head"]:
         """Bring every head to the same size, which the difference of two maps leaves open."""
-        return functional.rms_norm(context, self.scale.shape, self.scale.to(context.dtype), eps=1e-5)
+        scale = (1 - self.initial) * self.scale
+        return functional.rms_norm(context, scale.shape, scale.to(context.dtype), eps=1e-5)
 
     def forward(
         self, state: Float[Tensor, "cells genes dim"], reference: Heads
     ) -> Float[Tensor, "cells genes dim"]:
         """Attend; ``reference`` is what ``project`` made."""
-        normed = (1 - self.initial) * self.normalize(self.context(state, reference))
+        normed = self.normalize(self.context(state, reference))
         return self.out(normed.transpose(1, 2).flatten(-2))
 
 
@@ -153,6 +155,61 @@ class NeighborAttention(nn.Module):
         weights = dropout(weights, rate, rng)
         weighted = weights[..., None].to(values.dtype) * values.index_select(0, column)
         return self.out(torch.zeros_like(queries).index_add(0, row, weighted).flatten(-2))
+
+
+def difference(
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, values: Tensor, weight: Float[Tensor, ""]
+) -> Float[Tensor, "cells heads genes head"]:
+    """``(A1 - weight A2) values``, where A1 and A2 are softmax maps; all are cells x heads x genes x head.
+
+    ``A1 V - weight (A2 V)``: two fused attentions, exactly. Their CPU kernel is slow in bfloat16, where
+    matrix products are fast; there, both maps of one cell at a time are made while they fit into cache.
+    """
+    on_cpu = values.device.type == "cpu" and values.dtype == torch.bfloat16
+    if on_cpu and values.shape[-2] <= CACHED_GENES and not torch.compiler.is_compiling():
+        return CellByCell.apply(q1, k1, q2, k2, values, weight)
+    plus = functional.scaled_dot_product_attention(q1, k1, values)
+    minus = functional.scaled_dot_product_attention(q2, k2, values)
+    return torch.addcmul(plus, minus, -weight.to(minus.dtype))
+
+
+class CellByCell(torch.autograd.Function):
+    """``difference`` with the maps of one cell at a time, which the backward pass makes again."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        """Attend, one cell after the other."""
+        q1, k1, q2, k2, values, weight = inputs
+        ctx.save_for_backward(*inputs)
+        result = torch.empty_like(values)
+        for cell in range(len(values)):
+            plus, minus = _map(q1[cell], k1[cell]), _map(q2[cell], k2[cell])
+            torch.matmul(plus.sub_(minus.mul_(weight.to(minus.dtype))), values[cell], out=result[cell])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Differentiate, one cell after the other."""
+        q1, k1, q2, k2, values, weight = ctx.saved_tensors
+        towards = [torch.empty_like(x) for x in (q1, k1, q2, k2, values)]
+        towards_weight = torch.zeros_like(weight)
+        factor = weight.to(values.dtype)
+        for cell, gradient in enumerate(gradients[0]):
+            plus, minus = _map(q1[cell], k1[cell]), _map(q2[cell], k2[cell])
+            towards[4][cell] = (plus - factor * minus).mT @ gradient
+            of_map = gradient @ values[cell].mT
+            towards_weight -= (of_map * minus).sum(dtype=weight.dtype)
+            for slot, (made, share) in enumerate(((plus, 1), (minus, -factor))):
+                queries, keys = ((q1, k1), (q2, k2))[slot]
+                logits = torch.ops.aten._softmax_backward_data(of_map, made, -1, made.dtype)
+                logits *= share / math.sqrt(queries.shape[-1])
+                towards[2 * slot][cell] = logits @ keys[cell]
+                towards[2 * slot + 1][cell] = logits.mT @ queries[cell]
+        return *towards, towards_weight
+
+
+def _map(queries: Float[Tensor, "heads genes head"], keys: Float[Tensor, "heads genes head"]) -> Tensor:
+    return torch.softmax((queries / math.sqrt(queries.shape[-1])) @ keys.mT, dim=-1)
 
 
 def segment_softmax(

@@ -19,7 +19,7 @@ demo: setup  ## A simulated screen, scDFM and the baselines, held-out doubles pr
 	$(BIN)/knockon simulate $(DEMO)/screen.h5ad --preset demo --seed 0
 	$(BIN)/knockon inspect $(DEMO)/screen.h5ad
 	$(BIN)/knockon compare --data $(DEMO)/screen.h5ad --split additive \
-		--models no_effect mean_shift additive linear nearest latent_additive scdfm --out $(DEMO)/comparison
+		--models no_effect mean_shift additive linear nearest scdfm --cells 128 --out $(DEMO)/comparison
 	$(BIN)/knockon report $(DEMO)/comparison --out $(DEMO)/report.html
 
 check: setup

@@ -215,6 +215,23 @@ def test_test_cells_are_out_of_reach(
         assert digest(a.folder / WEIGHTS) == digest(b.folder / WEIGHTS)
 
 
+def test_vectors_reach_the_model_and_the_folder(screen: Screen, split: Split, tmp_path: Path) -> None:
+    names = sorted({name for label in screen.vocabulary for name in label.perturbations})
+    lines = [f"{name},{i},{i * i}" for i, name in enumerate([*names, "UNSEEN"])]
+    table = tmp_path / "vectors.csv"
+    table.write_text("name,a,b\n" + "\n".join(lines) + "\n")
+    quick = recipe(steps=2, validate_every=0)
+    run = train(quick, screen, split, out=tmp_path / "run", options=Options(vectors=table))
+    assert run.predict(["UNSEEN"], cells=2).n_obs > 2
+    assert Run.load(run.folder, screen=screen).model.spec.vectors is not None
+    table.write_text("name,a,b\n" + "\n".join(lines[1:]) + "\n")
+    with pytest.raises(UserError, match=names[0]):
+        train(quick, screen, split, out=tmp_path / "other", options=Options(vectors=table))
+    with pytest.raises(UserError, match="differs from this one: vectors"):
+        table.write_text("name,a,b\n" + "\n".join(lines) + "\nMORE,1,2\n")
+        train(quick, screen, split, out=tmp_path / "run", options=Options(vectors=table))
+
+
 def test_a_run_in_python_predicts_at_once(screen: Screen, split: Split, tmp_path: Path) -> None:
     run = train("no_effect", screen, split, out=tmp_path / "run")
     assert isinstance(run, Run)

@@ -42,6 +42,8 @@ class Record:
     screen: str
     """Digest of the screen before preparation."""
     preparation: Preparation
+    vectors: str = ""
+    """SHA-256 of the table of perturbation vectors; empty without one."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the other files of the folder; without the weights until training has finished."""
     versions: dict[str, str] = field(default_factory=dict)

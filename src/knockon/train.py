@@ -19,7 +19,9 @@ from knockon.data import prepare, splits
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
+from knockon.data.vectors import read_vectors
 from knockon.dynamics.discrepancy import energy_distance
+from knockon.files import digest
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class
 from knockon.predict import draw
 from knockon.progress import bar
@@ -40,6 +42,8 @@ class Options:
     """Most variable genes to keep, chosen on training cells, besides the perturbed ones; all without it."""
     total: float | None = None
     """Counts per cell to normalize to, where the screen holds counts; the training median without it."""
+    vectors: Path | None = None
+    """Table (.csv) with a fixed vector for each perturbation; further names in it can be predicted unseen."""
     device: str = "auto"
     """``cpu``, ``cuda`` or ``auto``."""
     tensorboard: bool = False
@@ -133,9 +137,10 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
     for note in preparation.notes:
         log.info(note)
     prepared = prepare.apply(screen, preparation)
+    vectors = None if options.vectors is None else read_vectors(options.vectors)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # noqa: TID251 (initialization draws from the global generator)
-        network = recipe.model.build(prepared.spec())
+        network = recipe.model.build(prepared.spec(vectors))
     network.fit_statistics(prepared.select(cells.labels))
     record = Record(
         model=_name(recipe.model),
@@ -145,6 +150,7 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
         columns=screen.columns,
         screen=screen.digest,
         preparation=preparation,
+        vectors="" if options.vectors is None else digest(options.vectors),
         versions=versions(),
         device=resolve_device(options.device),
     )

@@ -83,7 +83,9 @@ def default() -> Recipe:
     Larger screens on a GPU deserve a wider network and more genes per step.
     """
     return Recipe(
-        model=Config(width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=11, late_steps=2.0),
+        model=Config(
+            width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=11, late_steps=2.0
+        ),
         train=Training(
             steps=700, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
             optimizer="adamw", weight_decay=0.01,

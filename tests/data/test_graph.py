@@ -60,8 +60,11 @@ def test_every_gene_is_its_own_neighbor_and_zeros_are_none():
     assert graph.neighbors(np.eye(1), 30).toarray().tolist() == [[True]]
 
 
-def test_smallest_values(cells):
-    found = graph.smallest(sp.csr_matrix(cells), np.arange(100))
-    assert found[7] == np.inf
-    assert found[8] == pytest.approx(np.log1p(np.float32(0.3)))
-    assert found[0] == pytest.approx(np.log(2.0))
+def test_one_count_is_that_of_a_typical_cell():
+    depths = np.array([0.5, 1.0, 2.0])
+    values = np.log1p(np.array([[1, 3, 0], [0, 2, 1], [1, 0, 1]]) / depths[:, None])
+    empty = np.zeros((1, 3))
+    matrix = sp.csr_matrix(np.vstack([values, empty]))
+    assert graph.one_count(matrix, np.arange(4)) == pytest.approx(np.log1p(1.0))
+    assert graph.one_count(matrix, np.arange(2, 4)) == pytest.approx(np.log1p(0.5))
+    assert graph.one_count(matrix, np.array([3])) == 0

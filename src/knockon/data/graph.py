@@ -1,7 +1,6 @@
 """What cells say of genes: moments, correlations, and the graph of the strongest of them."""
 
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -88,13 +87,13 @@ def neighbors(
     return sp.csr_matrix(graph, dtype=bool)
 
 
-def smallest(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "genes"]:
-    """Smallest value above 0 of each gene; infinite for a gene that has none."""
-    found = np.full(cast("tuple[int, int]", matrix.shape)[1], np.inf, np.float32)
+def one_count(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> float:
+    """Value of a single count in a typical cell: the median over cells of their smallest value above 0."""
+    found = []
     for block in blocks(matrix, rows):
-        positive = block.data > 0
-        np.minimum.at(found, block.indices[positive], block.data[positive])
-    return found
+        ends = block.indptr[1:][np.diff(block.indptr) > 0]
+        found.extend(part.min() for part in np.split(block.data, ends[:-1]) if part.size and part.min() > 0)
+    return float(np.median(found)) if found else 0.0
 
 
 def _dense(

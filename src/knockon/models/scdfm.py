@@ -60,13 +60,10 @@ class Config(Architecture, ModelConfig):
     """Rule of the steps of generation."""
     points: int = 20
     """Times from 0 to 1, both included, between which steps are taken."""
-    late_steps: float = 1.0
-    """Steps shrink towards t = 1, where zeros part from small values: times are 1 - (1 - u) to this power,
-    for evenly spaced u; 1 in the paper."""
     dropout_in_generation: bool = False
     """Dropout while cells are generated, as in the released program."""
     snap_zeros: bool = True
-    """Values below the smallest value of the gene in training cells become zero (not in the paper)."""
+    """Values below half a count in a typical cell become zero (not in the paper)."""
     skip_constant: bool = True
     """Genes with the same value in all training cells are neither trained nor generated, but kept at it."""
     chunk: int = 65_536
@@ -84,7 +81,7 @@ def default() -> Recipe:
     """
     return Recipe(
         model=Config(
-            width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=11, late_steps=2.0
+            width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=11
         ),
         train=Training(
             steps=700, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
@@ -143,7 +140,8 @@ class SCDFM(Model):
     trained: Bool[Tensor, "codes"]
     source_moments: Float[Tensor, "mean_and_std genes"]
     data_moments: Float[Tensor, "mean_and_std genes"]
-    smallest: Float[Tensor, "genes"]
+    half_count: Float[Tensor, ""]
+    """``log1p`` of half a normalized count of a typical training cell."""
     generated: Int[Tensor, "generated"]
 
     def __init__(self, spec: Spec, config: Config) -> None:
@@ -154,20 +152,20 @@ class SCDFM(Model):
         self.register_buffer("trained", torch.zeros(len(spec.perturbations) + 1, dtype=torch.bool))
         self.register_buffer("source_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
         self.register_buffer("data_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
-        self.register_buffer("smallest", torch.zeros(genes))
+        self.register_buffer("half_count", torch.zeros(()))
         self.register_buffer("generated", torch.arange(genes))
         self.anchor = None
         if config.gaussian_base and config.anchored_base:
             self.anchor = additive.Config(missing="mean", exact=False).build(spec)
 
     def fit_statistics(self, train: "Screen") -> None:
-        """Note the perturbations and the smallest values seen; fit moments and the graph of genes."""
+        """Note the perturbations and the value of a count; fit moments and the graph of genes."""
         config, matrix = self.config, train.matrix
         self.trained[self.spec.encode(train.conditions).perturbation.unique()] = True
         controls = np.concatenate([train.rows[label] for label in train.controls])
         treated = np.concatenate([train.rows[label] for label in train.conditions])
         every = np.concatenate([controls, treated])
-        self.smallest.copy_(torch.from_numpy(graph.smallest(matrix, every)))
+        self.half_count.fill_(np.log1p(np.expm1(graph.one_count(matrix, every)) / 2))
         self.data_moments.copy_(_moments(matrix, treated))
         if config.source == "poisson":
             self.source_moments.copy_(_moments(matrix, controls))
@@ -244,7 +242,7 @@ class SCDFM(Model):
         """Mean of the Gaussian that paths are expected to end in."""
         if self.anchor is None:
             return self.data_moments[0].expand(len(condition), -1)
-        with torch.autocast(self.smallest.device.type, enabled=False):
+        with torch.autocast(self.half_count.device.type, enabled=False):
             return self.anchor.mean(condition)
 
     def start(
@@ -267,8 +265,7 @@ class SCDFM(Model):
         genes, cells = self.generated, control.shape[1]
         starts = self.start(control[..., genes], rng).flatten(0, 1)
         shown = control[..., genes].flatten(0, 1)
-        evenly = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
-        times = 1 - (1 - evenly) ** self.config.late_steps if self.config.late_steps != 1 else evenly
+        times = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
         noise = rng if self.config.dropout_in_generation else None
         g, p = self.network.encode(genes, condition, noise)
         p, mean = (x.repeat_interleave(cells, 0) for x in (p, self.mean(condition)[:, genes]))
@@ -277,7 +274,7 @@ class SCDFM(Model):
             known = self.network.know(g, shown[rows], p[rows], noise)
             parts.append(self._follow(genes, Start(starts[rows], mean[rows], known), times, noise))
         whole = self.data_moments[0].to(control.dtype).expand(control.shape).clone()
-        whole[..., genes] = self._finish(torch.cat(parts), genes).unflatten(0, control.shape[:2])
+        whole[..., genes] = self._finish(torch.cat(parts)).unflatten(0, control.shape[:2])
         return whole
 
     def _follow(
@@ -294,12 +291,10 @@ class SCDFM(Model):
 
         return solve.integrate(field, start.x, times, self.config.solver)
 
-    def _finish(
-        self, x: Float[Tensor, "cells genes"], genes: Int[Tensor, "genes"]
-    ) -> Float[Tensor, "cells genes"]:
+    def _finish(self, x: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells genes"]:
         """Turn states into values that an expression can have."""
         if self.config.snap_zeros:
-            x = torch.where(x < self.smallest[genes], 0, x)
+            x = torch.where(x < self.half_count, 0, x)
         return x.clamp_min(0)
 
 

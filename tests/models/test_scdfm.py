@@ -194,7 +194,7 @@ def test_closed_gates_leave_the_gaussian_velocity(rng):
 def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
     mean, std = torch.rand(GENES, generator=rng) + 4, torch.rand(GENES, generator=rng) + 0.1
     cells = (mean + std * torch.randn(1000, GENES, generator=rng)).numpy()
-    model = replace(SMALL, anchored_base=False, points=12).build(SPEC)
+    model = replace(SMALL, anchored_base=False, snap_zeros=False, points=12).build(SPEC)
     model.fit_statistics(make_screen({Label(): cells[:10], Label.of(["g1"]): cells}, SPEC.genes))
     drawn = model.sample(torch.zeros(1, 400, GENES), CONDITION[:1], rng)[0]
     torch.testing.assert_close(drawn.mean(0), torch.from_numpy(cells.mean(0)), rtol=0, atol=0.2)

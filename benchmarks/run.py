@@ -6,6 +6,8 @@ Figures are written as measured. None of them is a test.
 """
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,11 +20,12 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {"scdfm": scdfm.main, "memory": memory.main}
 
 
-def section(name: str, arguments: Sequence[str], text: str) -> str:
-    """What was measured, of which commit, when and by which command."""
-    command = " ".join(["python -m", f"benchmarks.{name}", *arguments])
-    today = datetime.now(UTC).date()
-    return f"## {name}, {today}, commit {commit()}\n\n`{command}`\n\n{text}\n"
+def measure(name: str, arguments: Sequence[str]) -> str:
+    """Run one benchmark; say of which commit, when, by which command and beside how much other work."""
+    state = f"commit {commit()}, {datetime.now(UTC).date()}, load average {os.getloadavg()[0]:.1f} before"
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *arguments])
+    text = BENCHMARKS[name](arguments)
+    return f"\n## {name}\n\n`{command}`: {state}.\n\n{text}\n"
 
 
 def main() -> None:
@@ -35,9 +38,9 @@ def main() -> None:
     if passed and len(options.only) != 1:
         parser.error("options after -- belong to one benchmark; name it with --only")
     for name in options.only:
-        text = BENCHMARKS[name](passed)
+        text = measure(name, passed)
         with RESULTS.open("a") as file:
-            file.write("\n" + section(name, passed, text))
+            file.write(text)
 
 
 if __name__ == "__main__":

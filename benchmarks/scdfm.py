@@ -316,7 +316,7 @@ def speed_table(samples: dict[Task, dict[str, list[Sample]]], sizes: str) -> str
     for task, runs in samples.items():
         base = runs["literal float32"]
         for name, run in runs.items():
-            target = TARGETS.get((sizes, task.split()[0], name.split()[1]))
+            target = TARGETS.get((sizes, task, name.split()[1]))
             aim = f"{target:g}" if target and name.startswith("knockon") else ""
             clock = ratio([s.clock for s in base], [s.clock for s in run])
             processor = ratio([s.processor for s in base], [s.processor for s in run])
@@ -352,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     torch.set_num_threads(options.threads)
     sizes = "quick" if options.quick else device.type
     size = SIZES[sizes] if options.points is None else replace(SIZES[sizes], points=options.points)
+    memory = memory_table(size, device, options.tasks, options.threads)
     found, samples = compete(
         size, device, tasks=options.tasks, repeats=options.repeats, compiled=options.compile
     )
@@ -361,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
             f"{machine(device)}. {size}.",
             f"Largest deviation between the two, relative to the largest entry: {agreement}.",
             speed_table(samples, sizes),
-            memory_table(size, device, options.tasks, options.threads),
+            memory,
         )
     )
     print(text)

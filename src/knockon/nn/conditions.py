@@ -183,7 +183,7 @@ class ConditionEncoder(nn.Module):
         codes = condition.perturbation
         given = (codes != 0)[..., None]
         encoded = self.encode(codes, condition.dose.to(genes.dtype), genes)
-        empty = self.encode(codes.new_zeros(()), genes.new_zeros(()), nothing)
+        empty = self.encode(codes.new_zeros(1), genes.new_zeros(1), nothing[None])
         count = given.sum(-2)
         filled = (self.SLOTS - count).clamp_min(0) * empty
         mean = ((encoded * given).sum(-2) + filled) / count.clamp_min(self.SLOTS)

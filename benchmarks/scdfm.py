@@ -151,7 +151,7 @@ class KnockonContestant:
         preset = scdfm.paper().model
         assert isinstance(preset, scdfm.Config)
         config = replace(preset, width=size.width, layers=size.layers, heads=size.heads)
-        self.model = scdfm.SCDFM(self.spec, config)
+        self.model = scdfm.SCDFM(config, self.spec)
         self.model.network.genes.connect(graph(size.panel))
         self.model.to(device)
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.model.parameters())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from knockon.data.screen import Screen
 from knockon.model import Losses, Model
 from knockon.nn.counts import Dispersion
-from knockon.types import CellSets, Condition, Label, Spec, Units, UserError
+from knockon.types import CellSets, Condition, Label, Noise, Spec, Units, UserError
 
 BLOCK = 512
 """Cells that are held dense at a time."""
@@ -73,10 +73,10 @@ class MeanModel(Model, ABC):
 
     @final
     def sample(
-        self, control: Float[Tensor, "sets cells genes"], condition: Condition, rng: torch.Generator
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Move each control cell so that the control population would have the predicted mean."""
-        return self.dispersion(control, self.mean(condition), self._population(condition), rng)
+        return self.dispersion(control, self.mean(condition), self._population(condition), noise)
 
     def _population(self, condition: Condition) -> Int[Tensor, "sets"]:
         same = _same_context(condition.covariates, self.contexts)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from knockon.types import CellSets, Condition, Spec, Units, UserError
+from knockon.types import CellSets, Condition, Noise, Spec, Units, UserError
 
 if TYPE_CHECKING:
     from knockon.data.screen import Screen
@@ -56,7 +56,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def sample(
-        self, control: Float[Tensor, "sets cells genes"], condition: Condition, rng: torch.Generator
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Draw one cell under the condition for each control cell, in the model's units.
 
@@ -84,10 +84,12 @@ class Training:
     """Highest learning rate."""
     final_lr: float = 0.0
     """Learning rate at the last step of a cosine schedule."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Literal["constant", "cosine", "floored_cosine"] = "cosine"
+    """Shape of the learning rate after the warm-up; a floored cosine falls to 0, but not below ``final_lr``."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0."""
+    plateau: float = 0.0
+    """Share of all steps that the learning rate stays at its highest after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
     weight_decay: float = 0.0
@@ -96,6 +98,11 @@ class Training:
     """Largest norm of the gradient; 0 leaves it alone."""
     ema: float = 0.0
     """Decay of the moving average of weights that predictions use; 0 uses the weights themselves."""
+    ema_every: int = 1
+    """Steps between updates of that average, the first after the first step."""
+    ema_ramp: bool = True
+    """Let the decay grow with the steps, so that the average soon forgets the first weights. Without it, the
+    first update copies the weights."""
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of matrix products; weights and reductions stay in float32."""
     compile: bool = False

@@ -1,7 +1,7 @@
 """From a run and conditions to cells: an AnnData with named genes, declared units and its origin."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import anndata
 import numpy as np
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from knockon.data.screen import Screen
 from knockon.model import Model
-from knockon.types import Label, UserError
+from knockon.types import Label, Noise, UserError
 
 CHUNK = 256
-"""Cells that a model generates at once; part of the definition of a seeded prediction."""
+"""Cells that a model generates at once."""
 
 
 class Refusal(UserError):  # noqa: N818 (not the program's error)
@@ -34,8 +34,8 @@ def generate(
 ) -> anndata.AnnData:
     """Generate cells of some conditions from control cells.
 
-    A condition's cells depend on the model, the seed and the condition, and not on what else is asked
-    for. Control cells are used equally often.
+    A condition's cells depend on the model, the seed and the condition, and (but for rounding) not on what
+    else is asked for. Control cells are used equally often.
 
     Parameters
     ----------
@@ -75,30 +75,47 @@ def generate(
             mend="leave them out, or choose a model or a fallback that knows them (docs/models)",
         )
     blocks, used = [], []
-    for label in labels:
-        drawn, rows = draw(model, screen, label, cells=cells, seed=seed)
-        blocks.append(sp.csr_matrix(drawn.cpu().numpy()))
-        used.append(rows)
-        advance()
+    for group in _groups(labels, cells):
+        for drawn, rows in draw(model, screen, group, cells=cells, seed=seed):
+            blocks.append(sp.csr_matrix(drawn.cpu().numpy()))
+            used.append(rows)
+            advance()
     return _assemble(screen, labels, blocks, used)
 
 
 @torch.inference_mode()
 def draw(
-    model: Model, screen: Screen, label: Label, *, cells: int, seed: int
-) -> tuple[Float[Tensor, "cells genes"], Int[np.ndarray, "cells"]]:
-    """Generate cells of one condition, and name the rows of the control cells that they came from."""
+    model: Model, screen: Screen, labels: Sequence[Label], *, cells: int, seed: int
+) -> list[tuple[Float[Tensor, "cells genes"], Int[np.ndarray, "cells"]]]:
+    """Generate cells of some conditions side by side, and name the control cells that they came from.
+
+    What is drawn for a condition does not depend on the others.
+
+    Returns
+    -------
+    list
+        For each condition, its cells and the rows of their control cells.
+    """
     model.eval()
     device = _device(model)
-    random = np.random.default_rng(_seed(seed, label))
-    rows = _balanced(screen.control_rows(label), cells, random)
-    rng = torch.Generator(device).manual_seed(int(random.integers(2**62)))
-    condition = model.spec.encode([label]).to(device)
-    chunks = [
-        model.sample(torch.from_numpy(screen.gather(chunk)).to(device)[None], condition, rng)[0].float()
-        for chunk in np.split(rows, range(CHUNK, cells, CHUNK))
-    ]
-    return torch.cat(chunks), rows
+    randoms = [np.random.default_rng(_seed(seed, label)) for label in labels]
+    rows = np.stack(
+        [_balanced(screen.control_rows(x), cells, r) for x, r in zip(labels, randoms, strict=True)]
+    )
+    noise = Noise(*(torch.Generator(device).manual_seed(int(r.integers(2**62))) for r in randoms))
+    condition = model.spec.encode(labels).to(device)
+    made = []
+    for chunk in np.split(rows, range(CHUNK, cells, CHUNK), axis=1):
+        control = torch.from_numpy(screen.gather(chunk.ravel())).to(device).unflatten(0, chunk.shape)
+        made.append(model.sample(control, condition, noise).float())
+    return list(zip(torch.cat(made, dim=1), rows, strict=True))
+
+
+def _groups(labels: Sequence[Label], cells: int) -> Iterator[Sequence[Label]]:
+    """Conditions that are generated side by side: many of few cells, or one of many."""
+    at_once = max(1, CHUNK // cells)
+    for start in range(0, len(labels), at_once):
+        yield labels[start : start + at_once]
 
 
 def _device(model: Model) -> torch.device:

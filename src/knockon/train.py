@@ -100,16 +100,28 @@ def train(
 
 
 def learning_rate(step: int, training: Training) -> float:
-    """Learning rate of an update, counted from 0: a linear rise, then constant or a half cosine.
+    """Learning rate of an update, counted from 0: a linear rise, a plateau, then constant or a half cosine.
 
-    The cosine reaches ``final_lr`` at update ``steps``, which is one after the last.
+    The cosine reaches its end at update ``steps``, which is one after the last.
     """
     if step < training.warmup:
         return training.lr * (step + 1) / training.warmup
-    if training.schedule == "constant":
+    begin = training.warmup + int(training.plateau * training.steps)
+    if training.schedule == "constant" or step < begin:
         return training.lr
-    passed = (step - training.warmup) / max(1, training.steps - training.warmup)
-    return training.final_lr + (training.lr - training.final_lr) * (1 + math.cos(math.pi * passed)) / 2
+    cosine = (1 + math.cos(math.pi * (step - begin) / max(1, training.steps - begin))) / 2
+    if training.schedule == "floored_cosine":
+        return max(training.final_lr, training.lr * cosine)
+    return training.final_lr + (training.lr - training.final_lr) * cosine
+
+
+def decay(step: int, training: Training) -> float:
+    """Share of the averaged weights that update ``step``, counted from 0, keeps; 1 leaves them alone."""
+    if step % training.ema_every:
+        return 1.0
+    if training.ema_ramp:
+        return min(training.ema, (1 + step) / (10 + step))
+    return training.ema if step else 0.0
 
 
 def _recipe(model: str | ModelConfig | Recipe) -> Recipe:
@@ -205,7 +217,7 @@ def _optimize(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if state.average is not None:
-                _follow(state.average, network, min(training.ema, (1 + state.step) / (10 + state.step)))
+                _follow(state.average, network, decay(state.step, training))
             state.step += 1
             # -----------------------------------------------------------------------------------
             text = ""
@@ -272,23 +284,30 @@ def _due(step: int, every: int) -> bool:
 
 def _optimizer(network: Model, training: Training) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-    return kind(
-        network.parameters(), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
-    )
+    decayed, free = [], []
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = name == "bias" or isinstance(module, torch.nn.LayerNorm)
+            (free if plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}]
+    groups += [{"params": free, "weight_decay": 0.0}] if free else []
+    return kind(groups, lr=training.lr, betas=training.betas)
 
 
 @torch.no_grad()
-def _follow(average: Model, network: Model, decay: float) -> None:
+def _follow(average: Model, network: Model, kept: float) -> None:
     """Move the averaged weights towards the current ones."""
+    if kept == 1:
+        return
     for mean, current in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(current, 1 - decay)
+        mean.lerp_(current, 1 - kept)
 
 
 def _validate(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
     """Mean energy distance between generated and real cells of validation conditions; lower is better."""
     distances = []
     for label in labels[:VALIDATION_CONDITIONS]:
-        drawn, _ = draw(model, screen, label, cells=training.validate_cells, seed=training.seed)
+        ((drawn, _),) = draw(model, screen, [label], cells=training.validate_cells, seed=training.seed)
         real = torch.from_numpy(screen.cells_of(label)).to(drawn.device)
         distances.append(float(energy_distance(drawn, real)))
     return float(np.mean(distances))

@@ -14,13 +14,13 @@ steps     steps of a solver or a schedule
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Units = Literal["log1p", "counts"]
@@ -148,6 +148,9 @@ class CellSets:
     target: Float[Tensor, "sets cells genes"]
     control: Float[Tensor, "sets cells genes"]
     condition: Condition
+    real: Bool[Tensor, "sets cells"] | None = None
+    """Cells that were measured, the first of each set; the others are copies of them that fill the set up.
+    None where there are no copies."""
 
     def to(self, device: torch.device | str) -> "CellSets":
         """Move to a device."""
@@ -155,7 +158,37 @@ class CellSets:
             target=self.target.to(device),
             control=self.control.to(device),
             condition=self.condition.to(device),
+            real=None if self.real is None else self.real.to(device),
         )
+
+
+class Noise:
+    """Random numbers for sets of cells: of one generator for all sets, or of one for each.
+
+    With one for each, what a set draws does not depend on the sets beside it.
+    """
+
+    def __init__(self, *generators: torch.Generator) -> None:
+        self.generators = generators
+
+    def normal(self, like: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
+        """Draw standard normal numbers, as many and of the kind of ``like``."""
+        return self._draw(
+            like, lambda x, g: torch.randn(x.shape, generator=g, dtype=x.dtype, device=x.device)
+        )
+
+    def uniform(self, like: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
+        """Draw from [0, 1)."""
+        return self._draw(like, lambda x, g: torch.rand(x.shape, generator=g, dtype=x.dtype, device=x.device))
+
+    def poisson(self, rates: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
+        """Draw counts with these expectations."""
+        return self._draw(rates, lambda x, g: torch.poisson(x, generator=g))
+
+    def _draw(self, like: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
+        if len(self.generators) == 1:
+            return draw(like, self.generators[0])
+        return torch.stack([draw(x, g) for x, g in zip(like, self.generators, strict=True)])
 
 
 @dataclass(frozen=True)

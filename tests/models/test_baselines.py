@@ -11,7 +11,7 @@ from knockon.model import Model
 from knockon.models import additive, linear, mean_shift, nearest, no_effect
 from knockon.models._embedding import embed_genes
 from knockon.models.linear import solve_bilinear
-from knockon.types import Label, UserError
+from knockon.types import Label, Noise, UserError
 
 BASE = np.array([1.0, 2.0, 0.5, 3.0])
 A = np.array([0.5, 0.0, 0.25, -1.0])
@@ -89,7 +89,7 @@ def doses(make_screen) -> Screen:
 def test_no_effect_returns_the_very_same_cells(pairs: Screen, rng: torch.Generator) -> None:
     model = fit(no_effect.Config(), pairs)
     control = torch.from_numpy(pairs.cells_of(Label()))[None]
-    assert torch.equal(model.sample(control, model.spec.encode([Label.of(["A"])]), rng), control)
+    assert torch.equal(model.sample(control, model.spec.encode([Label.of(["A"])]), Noise(rng)), control)
 
 
 def test_control_is_answered_with_control(pairs: Screen) -> None:
@@ -293,7 +293,7 @@ def test_known_scores_on_norman_doubles(
     means = norman.means()
     truth, base = np.stack([means[label] for label in test]), means[Label()]
     control = torch.from_numpy(norman.cells_of(Label())).expand(len(test), -1, -1)
-    emitted = model.sample(control, condition, rng).mean(1, dtype=torch.float64).numpy()
+    emitted = model.sample(control, condition, Noise(rng)).mean(1, dtype=torch.float64).numpy()
     for predicted, tolerance in ((model.mean(condition).numpy(), 0.012), (emitted, 0.04)):
         assert np.square(predicted - truth).mean() == pytest.approx(mse, rel=tolerance)
         if pearson is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from knockon.models import scdfm
-from knockon.types import CellSets, Condition, Label, Spec, UserError
+from knockon.types import CellSets, Condition, Label, Noise, Spec, UserError
 
 GENES = 12
 SPEC = Spec(
@@ -106,15 +106,15 @@ def test_perturbations_have_no_order(rng):
         dose=CONDITION.dose.flip(1),
         covariates=CONDITION.covariates,
     )
-    expected = model.sample(data.control, CONDITION, torch.Generator().manual_seed(0))
-    assert torch.equal(model.sample(data.control, flipped, torch.Generator().manual_seed(0)), expected)
+    expected = model.sample(data.control, CONDITION, Noise(torch.Generator().manual_seed(0)))
+    assert torch.equal(model.sample(data.control, flipped, Noise(torch.Generator().manual_seed(0))), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * GENES])
 def test_chunks_change_nothing_but_memory(rng, chunk):
     data = batch(rng)
     whole, parts = (
-        build(chunk=size).sample(data.control, CONDITION, torch.Generator().manual_seed(0))
+        build(chunk=size).sample(data.control, CONDITION, Noise(torch.Generator().manual_seed(0)))
         for size in (SMALL.chunk, chunk)
     )
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
@@ -123,7 +123,7 @@ def test_chunks_change_nothing_but_memory(rng, chunk):
 def test_a_panel_larger_than_a_step(rng):
     model, data = build(genes_per_step=4), batch(rng)
     assert model.loss(data, rng)["total"].isfinite()
-    assert model.sample(data.control, CONDITION, rng).shape == data.control.shape
+    assert model.sample(data.control, CONDITION, Noise(rng)).shape == data.control.shape
 
 
 def test_batches_of_sets_are_means_over_sets(rng):
@@ -175,7 +175,9 @@ def test_every_switch_trains_and_generates(rng, make_screen, switches):
     assert all(name.startswith(alone) for name in silent)
     assert bool(silent) == (not model.config.gene_graph)
     assert ("mmd" in losses) == (model.config.mmd > 0)
-    drawn = [model.sample(data.control, CONDITION, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    drawn = [
+        model.sample(data.control, CONDITION, Noise(torch.Generator().manual_seed(s))) for s in (0, 0, 1)
+    ]
     assert drawn[0].isfinite().all()
     assert (drawn[0] >= 0).all()
     assert torch.equal(drawn[0], drawn[1])
@@ -196,7 +198,7 @@ def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
     cells = (mean + std * torch.randn(1000, GENES, generator=rng)).numpy()
     model = replace(SMALL, anchored_base=False, snap_zeros=False, points=12).build(SPEC)
     model.fit_statistics(make_screen({Label(): cells[:10], Label.of(["g1"]): cells}, SPEC.genes))
-    drawn = model.sample(torch.zeros(1, 400, GENES), CONDITION[:1], rng)[0]
+    drawn = model.sample(torch.zeros(1, 400, GENES), CONDITION[:1], Noise(rng))[0]
     torch.testing.assert_close(drawn.mean(0), torch.from_numpy(cells.mean(0)), rtol=0, atol=0.2)
     torch.testing.assert_close(drawn.std(0), torch.from_numpy(cells.std(0)), rtol=0.2, atol=0)
 
@@ -204,7 +206,7 @@ def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
 def test_poisson_noise_scatters_around_the_control_cell(rng):
     model = build(source="poisson")
     control = torch.rand(1, 1, GENES, generator=rng).expand(1, 4000, -1)
-    start = model.start(control, rng)
+    start = model.start(control, Noise(rng))
     share = control[0, 0].expm1() / control[0, 0].expm1().sum()
     torch.testing.assert_close(start.expm1().mean((0, 1)), 1e4 * share, rtol=0.01, atol=0)
 
@@ -214,7 +216,7 @@ def test_constant_genes_are_kept_and_small_values_become_zero(rng, make_screen):
     cells[:, 3], cells[:, 5] = 0.0, 0.7
     model = build()
     model.fit_statistics(make_screen({Label(): cells[:30], Label.of(["g1"]): cells[30:]}, SPEC.genes))
-    drawn = model.sample(torch.zeros(1, 50, GENES), CONDITION[:1], rng)[0]
+    drawn = model.sample(torch.zeros(1, 50, GENES), CONDITION[:1], Noise(rng))[0]
     assert (drawn[:, 3] == 0).all()
     torch.testing.assert_close(drawn[:, 5], torch.full((50,), 0.7))
     assert not ((drawn > 0) & (drawn < 0.35)).any()
@@ -235,7 +237,7 @@ def test_bf16(rng):
     with torch.autocast("cpu", torch.bfloat16):
         losses = model.loss(data, torch.Generator().manual_seed(0))
         losses["total"].backward()
-        cells = model.sample(data.control, CONDITION, rng)
+        cells = model.sample(data.control, CONDITION, Noise(rng))
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     assert cells.dtype == torch.float32
     assert losses["total"].item() == pytest.approx(exact["total"].item(), rel=0.05)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from knockon.nn.counts import ABOVE, STEP, Dispersion
+from knockon.types import Noise
 
 GENES = 40
 CAP = np.exp(ABOVE * STEP)
@@ -30,7 +31,7 @@ def layer(population: np.ndarray) -> Dispersion:
 def move(layer: Dispersion, cells: np.ndarray, mean: np.ndarray, seed: int = 0) -> np.ndarray:
     rng = torch.Generator().manual_seed(seed)
     index = torch.zeros(1, dtype=torch.long)
-    moved = layer(torch.from_numpy(cells)[None], torch.from_numpy(mean).float()[None], index, rng)
+    moved = layer(torch.from_numpy(cells)[None], torch.from_numpy(mean).float()[None], index, Noise(rng))
     return moved[0].numpy()
 
 

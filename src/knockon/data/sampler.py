@@ -36,8 +36,8 @@ class Sampler:
     device
         Where batches are made; a screen in memory is copied there once, as it is stored.
     replace
-        Draw cells with replacement [scdfm, section 1.6]; otherwise only where a condition has fewer
-        cells than a set.
+        Draw cells with replacement [scdfm, section 1.6]. Otherwise a condition with fewer cells than a set
+        gives all of them, and copies, which ``CellSets.real`` tells from them.
     """
 
     def __init__(  # noqa: PLR0913 - each is one independent choice
@@ -61,6 +61,7 @@ class Sampler:
         self._codes = spec.encode(conditions).to(device)
         self._targets = [screen.rows[label] for label in conditions]
         self._controls = [screen.control_rows(label) for label in conditions]
+        self._fills = not replace and min(map(len, self._targets)) < cells
         self._gather = resident(screen, device)
         self._device = torch.device(device)
         self.notes = _notes(screen, conditions)
@@ -70,17 +71,25 @@ class Sampler:
         rng = np.random.default_rng((self.seed, step))
         chosen = rng.integers(len(self._targets), size=self.sets)
         target = np.concatenate([self._draw(self._targets[i], rng) for i in chosen])
+        real = None
+        if self._fills:
+            measured = np.array([min(len(self._targets[i]), self.cells) for i in chosen])
+            real = _to_device(np.arange(self.cells) < measured[:, None], self._device)
         control = np.concatenate([self._draw(self._controls[i], rng) for i in chosen])
         shape = (self.sets, self.cells, -1)
         return CellSets(
             target=self._gather(target).view(shape),
             control=self._gather(control).view(shape),
             condition=self._codes[_to_device(chosen, self._device)],
+            real=real,
         )
 
     def _draw(self, rows: Int[np.ndarray, "pool"], rng: np.random.Generator) -> Int[np.ndarray, "cells"]:
-        if self.replace or len(rows) < self.cells:
+        if self.replace:
             return rows[rng.integers(len(rows), size=self.cells)]
+        if len(rows) < self.cells:
+            copies = rng.integers(len(rows), size=self.cells - len(rows))
+            return rows[np.concatenate([rng.permutation(len(rows)), copies])]
         return rows[_distinct(len(rows), self.cells, rng)]
 
 

@@ -4,7 +4,7 @@ All are computed in the precision of their inputs, so call them outside of autoc
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
@@ -71,26 +71,54 @@ def mmd(
 
 
 def energy_distance(
-    x: Float[Tensor, "*sets cells genes"], y: Float[Tensor, "*sets others genes"], *, unbiased: bool = True
+    x: Float[Tensor, "*sets cells genes"],
+    y: Float[Tensor, "*sets others genes"],
+    *,
+    unbiased: bool = True,
+    real: tuple[Bool[Tensor, "*sets cells"], Bool[Tensor, "*sets others"]] | None = None,
+    floor: float = 0.0,
 ) -> Float[Tensor, "*sets"]:
     """Squared energy distance ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` [szekely2013, eq. 2.1].
 
     Parameters
     ----------
     unbiased
-        Leave out the zero distance of each cell to itself. The estimate may then be negative, and both
-        samples need at least two cells. With it, the estimate is never negative but too large.
+        Leave out the distance of each cell to itself. The estimate may then be negative, and a sample of
+        one cell has no distance within. With it, the estimate is never negative but too large.
+    real
+        Cells of each sample that count; all without it.
+    floor
+        Squared distances below it count as it, those of a cell to itself included.
     """
-    between = _distances(x, y).mean((-2, -1))
-    if unbiased:
-        within = [off_diagonal(_distances(z, z)).mean(-1) for z in (x, y)]
-    else:
-        within = [_distances(z, z).mean((-2, -1)) for z in (x, y)]
+    if real is None:
+        real = x.new_ones(x.shape[:-1], dtype=torch.bool), y.new_ones(y.shape[:-1], dtype=torch.bool)
+    weights = [mask.to(x.dtype) for mask in real]
+    between = _mean(_distances(x, y, floor), weights[0], weights[1])
+    within = [
+        _mean_within(_distances(z, z, floor), w, unbiased) for z, w in zip((x, y), weights, strict=True)
+    ]
     return 2 * between - within[0] - within[1]
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
+def _mean(square: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weighted mean of the entries."""
+    total = (rows[..., None, :] @ square @ columns[..., None])[..., 0, 0]
+    return total / (rows.sum(-1) * columns.sum(-1)).clamp_min(1)
+
+
+def _mean_within(square: Tensor, weights: Tensor, unbiased: bool) -> Tensor:
+    if not unbiased:
+        return _mean(square, weights, weights)
+    count = weights.sum(-1)
+    whole = (weights[..., None, :] @ square @ weights[..., None])[..., 0, 0]
+    own = (square.diagonal(dim1=-2, dim2=-1) * weights.square()).sum(-1)
+    return (whole - own) / (count * (count - 1)).clamp_min(1)
+
+
+def _distances(x: Tensor, y: Tensor, floor: float = 0.0) -> Tensor:
     """Euclidean distances; where they vanish, the gradient is zero instead of infinite."""
     squared = squared_distances(x, y)
+    if floor:
+        return squared.clamp_min(floor).sqrt()
     apart = squared > 1e-12
     return torch.where(apart, squared, 1.0).sqrt() * apart

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot, softplus
 
 from knockon.data.screen import Screen
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
-from knockon.types import CellSets, Condition, Spec, Units
+from knockon.types import CellSets, Condition, Noise, Spec, Units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class LatentAdditive(Model):
         return {"total": (predicted - batch.target).square().mean()}
 
     def sample(
-        self, control: Float[Tensor, "sets cells genes"], condition: Condition, rng: torch.Generator
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Answer each control cell; nothing is drawn."""
         return self._respond(control, condition, None)

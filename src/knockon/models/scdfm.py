@@ -20,7 +20,7 @@ from knockon.model import Losses, Model, ModelConfig, Recipe, Training
 from knockon.models import additive
 from knockon.models._released_scdfm import from_released
 from knockon.nn.pad import Architecture, Known, PADTransformer
-from knockon.types import CellSets, Condition, Spec
+from knockon.types import CellSets, Condition, Noise, Spec
 
 __all__ = ["SCDFM", "Config", "Pairs", "default", "from_released", "paper", "small"]
 
@@ -71,7 +71,7 @@ class Config(Architecture, ModelConfig):
 
     def build(self, spec: Spec) -> "SCDFM":
         """Make the model."""
-        return SCDFM(spec, self)
+        return SCDFM(self, spec)
 
 
 def default() -> Recipe:
@@ -120,7 +120,7 @@ def paper() -> Recipe:
             snap_zeros=False,
             skip_constant=False,
         ),
-        train=Training(steps=200_000, sets=1, cells=48, lr=5e-5, final_lr=1e-6),
+        train=Training(steps=200_000, sets=1, cells=48, with_replacement=True, lr=5e-5, final_lr=1e-6),
     )
 
 
@@ -144,7 +144,7 @@ class SCDFM(Model):
     """``log1p`` of half a normalized count of a typical training cell."""
     generated: Int[Tensor, "generated"]
 
-    def __init__(self, spec: Spec, config: Config) -> None:
+    def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__(spec)
         self.config = config
         self.network = PADTransformer(spec, config)
@@ -165,7 +165,7 @@ class SCDFM(Model):
         controls = np.concatenate([train.rows[label] for label in train.controls])
         treated = np.concatenate([train.rows[label] for label in train.conditions])
         every = np.concatenate([controls, treated])
-        self.half_count.fill_(np.log1p(np.expm1(graph.one_count(matrix, every)) / 2))
+        self.half_count.fill_(graph.half_count(matrix, every))
         self.data_moments.copy_(_moments(matrix, treated))
         if config.source == "poisson":
             self.source_moments.copy_(_moments(matrix, controls))
@@ -193,7 +193,9 @@ class SCDFM(Model):
             genes = genes[drawn[: self.config.genes_per_step].to(genes.device)]
         control, x1 = batch.control[..., genes], batch.target[..., genes]
         t = torch.rand(x1.shape[:2], generator=rng, device=x1.device)
-        return self.objective(genes, Pairs(self.start(control, rng), x1, control, t), batch.condition, rng)
+        return self.objective(
+            genes, Pairs(self.start(control, Noise(rng)), x1, control, t), batch.condition, rng
+        )
 
     def objective(
         self,
@@ -246,33 +248,33 @@ class SCDFM(Model):
             return self.anchor.mean(condition)
 
     def start(
-        self, control: Float[Tensor, "sets cells genes"], rng: torch.Generator
+        self, control: Float[Tensor, "sets cells genes"], noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Draw states at t = 0."""
         if self.config.source == "gaussian":
-            return torch.randn(control.shape, generator=rng, device=control.device, dtype=control.dtype)
+            return noise.normal(control)
         rates = control.expm1().clamp_min(0)
         rates = rates * (self.config.poisson_total / rates.sum(-1, keepdim=True).clamp_min(1e-8))
-        return torch.poisson(rates, generator=rng).log1p()
+        return noise.poisson(rates).log1p()
 
     def sample(
         self,
         control: Float[Tensor, "sets cells genes"],
         condition: Condition,
-        rng: torch.Generator,
+        noise: Noise,
     ) -> Float[Tensor, "sets cells genes"]:
         """Follow the velocity from each start; all genes at once, some cells at a time."""
         genes, cells = self.generated, control.shape[1]
-        starts = self.start(control[..., genes], rng).flatten(0, 1)
+        starts = self.start(control[..., genes], noise).flatten(0, 1)
         shown = control[..., genes].flatten(0, 1)
         times = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
-        noise = rng if self.config.dropout_in_generation else None
-        g, p = self.network.encode(genes, condition, noise)
+        rng = noise.generators[0] if self.config.dropout_in_generation else None
+        g, p = self.network.encode(genes, condition, rng)
         p, mean = (x.repeat_interleave(cells, 0) for x in (p, self.mean(condition)[:, genes]))
         parts = []
         for rows in torch.arange(len(p), device=p.device).split(max(1, self.config.chunk // len(genes))):
-            known = self.network.know(g, shown[rows], p[rows], noise)
-            parts.append(self._follow(genes, Start(starts[rows], mean[rows], known), times, noise))
+            known = self.network.know(g, shown[rows], p[rows], rng)
+            parts.append(self._follow(genes, Start(starts[rows], mean[rows], known), times, rng))
         whole = self.data_moments[0].to(control.dtype).expand(control.shape).clone()
         whole[..., genes] = self._finish(torch.cat(parts)).unflatten(0, control.shape[:2])
         return whole

@@ -40,9 +40,27 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return xavier(nn.Linear(inputs, outputs))
 
 
-def feed_forward(dim: int) -> nn.Sequential:
-    """Make two maps with four times the width between them."""
-    return nn.Sequential(linear(dim, 4 * dim), nn.GELU(approximate="tanh"), linear(4 * dim, dim))
+class FeedForward(nn.Sequential):
+    """Two maps with four times the width between them.
+
+    Without gradients, a CPU makes some tokens at a time: the wide values then stay in cache, and need no
+    fresh memory.
+    """
+
+    TILE = 512
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(linear(dim, 4 * dim), nn.GELU(approximate="tanh"), linear(4 * dim, dim))
+
+    def forward(
+        self,
+        input: Float[Tensor, "*shape dim"],  # noqa: A002 (as the base class has it)
+    ) -> Float[Tensor, "*shape dim"]:
+        """Map each token."""
+        if torch.is_grad_enabled() or input.device.type != "cpu":
+            return super().forward(input)
+        tiles = input.flatten(0, -2).split(self.TILE)
+        return torch.cat([nn.Sequential.forward(self, tile) for tile in tiles]).view(input.shape)
 
 
 class ValueEncoder(nn.Module):
@@ -116,7 +134,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = attention
         self.normed_keys = normed_keys
-        self.maps = feed_forward(dim)
+        self.maps = FeedForward(dim)
         self.modulation = linear(dim, 6 * dim)
         if zero:
             nn.init.zeros_(self.modulation.weight)
@@ -189,7 +207,7 @@ class Joined(nn.Module):
         return functional.linear(other, self.weight[:, other.shape[-1] :], self.bias)
 
     def forward(
-        self, state: Float[Tensor, "cells genes dim"], other: Float[Tensor, "cells #genes outputs"]
+        self, state: Float[Tensor, "cells genes dim"], other: Float[Tensor, "#cells #genes outputs"]
     ) -> Float[Tensor, "cells genes outputs"]:
         """Compute the whole map; ``other`` is what ``project`` made."""
         return functional.linear(state, self.weight[:, : state.shape[-1]]) + other

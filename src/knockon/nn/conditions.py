@@ -78,12 +78,12 @@ class GeneEncoder(nn.Module):
 
 
 class Rows(nn.Module):
-    """A learned vector for each code."""
+    """A learned vector for each code, normalized or as it is."""
 
-    def __init__(self, codes: int, dim: int) -> None:
+    def __init__(self, codes: int, dim: int, *, normed: bool = True) -> None:
         super().__init__()
         self.table = nn.Embedding(codes, dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if normed else nn.Identity()
 
     def forward(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
         """Look up."""
@@ -95,18 +95,35 @@ class Projection(nn.Module):
 
     vectors: Float[Tensor, "codes width"]
 
-    def __init__(self, vectors: Float[np.ndarray, "perturbations width"], dim: int) -> None:
+    def __init__(
+        self, vectors: Float[np.ndarray, "perturbations width"], dim: int, *, normed: bool = True
+    ) -> None:
         super().__init__()
         padded = torch.zeros(len(vectors) + 1, vectors.shape[1])
         padded[1:] = torch.from_numpy(vectors)
         self.known = padded.isfinite().all(dim=1)
         self.register_buffer("vectors", torch.where(self.known[:, None], padded, 0), persistent=False)
         self.map = linear(vectors.shape[1], dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if normed else nn.Identity()
 
     def forward(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
         """Look up and project."""
         return self.norm(self.map(self.vectors[codes]))
+
+
+class Dose(nn.Module):
+    """Scales and shifts the encoding of a perturbation by a map of ``log1p(dose)``; a dose of 0 does not."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(linear(1, dim), nn.SiLU(), linear(dim, 2 * dim))
+
+    def forward(
+        self, encoded: Float[Tensor, "*shape dim"], dose: Float[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape dim"]:
+        """Apply doses."""
+        scale, shift = self.maps(dose.log1p()[..., None]).chunk(2, dim=-1)
+        return torch.where((dose > 0)[..., None], torch.addcmul(shift, encoded, 1 + scale), encoded)
 
 
 class ConditionEncoder(nn.Module):
@@ -138,9 +155,7 @@ class ConditionEncoder(nn.Module):
             self.own = Projection(spec.vectors, dim)
         elif not all(is_gene):
             self.own = Rows(len(is_gene), dim)
-        self.dose = None
-        if spec.dose_unit is not None:
-            self.dose = nn.Sequential(linear(1, dim), nn.SiLU(), linear(dim, 2 * dim))
+        self.dose = None if spec.dose_unit is None else Dose(dim)
         tables = [nn.Embedding(len(covariate.levels), dim) for covariate in spec.covariates]
         for table in tables:
             nn.init.zeros_(table.weight)
@@ -163,10 +178,7 @@ class ConditionEncoder(nn.Module):
         if self.own is not None:
             own, is_gene = self.own(codes), self.is_gene[codes][..., None]
             encoded = torch.where(is_gene, genes + own if isinstance(self.own, Projection) else genes, own)
-        if self.dose is None:
-            return encoded
-        scale, shift = self.dose(dose.log1p()[..., None]).chunk(2, dim=-1)
-        return torch.where((dose > 0)[..., None], torch.addcmul(shift, encoded, 1 + scale), encoded)
+        return encoded if self.dose is None else self.dose(encoded, dose)
 
     def forward(
         self, condition: Condition, genes: Float[Tensor, "sets slots dim"], nothing: Float[Tensor, "dim"]
@@ -191,3 +203,77 @@ class ConditionEncoder(nn.Module):
             table(level)
             for table, level in zip(self.covariates, condition.covariates.unbind(-1), strict=True)
         )
+
+
+class BranchEncoder(nn.Module):
+    """A condition to one vector: a branch for what was done and one for each covariate, joined by a map.
+
+    What was done is the sum of its perturbations, each with its dose; a row of its own stands for nothing.
+    Where the spec has vectors, projections of them take the place of the rows.
+
+    Parameters
+    ----------
+    dim
+        Width of a branch.
+    width
+        Width of the result.
+    """
+
+    trained: Bool[Tensor, "codes"]
+
+    def __init__(self, spec: Spec, dim: int, width: int) -> None:
+        super().__init__()
+        codes = len(spec.perturbations) + 1
+        self.own: Rows | Projection = Rows(codes, dim, normed=False)
+        if spec.vectors is not None:
+            self.own = Projection(spec.vectors, dim, normed=False)
+        self.dose = None if spec.dose_unit is None else Dose(dim)
+        self.covariates = nn.ModuleList(Level(len(c.levels), dim) for c in spec.covariates)
+        self.register_buffer("trained", torch.ones(codes, dtype=torch.bool))
+        self.join = linear((1 + len(spec.covariates)) * dim, width)
+
+    def fit(self, trained: Condition) -> None:
+        """Note what training will have seen."""
+        self.trained.zero_()[trained.perturbation.unique()] = True
+        for level, codes in zip(self.covariates, trained.covariates.unbind(-1), strict=True):
+            assert isinstance(level, Level)
+            level.trained.zero_()[codes.unique()] = True
+
+    def knows(self, codes: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Whether a perturbation was trained or has a vector."""
+        known = self.trained
+        if isinstance(self.own, Projection):
+            known = known | self.own.known.to(known.device)
+        return known[codes] | (codes == NOTHING)
+
+    def forward(self, condition: Condition) -> Float[Tensor, "sets width"]:
+        """Encode conditions."""
+        codes = condition.perturbation
+        encoded = self.own(codes)
+        if self.dose is not None:
+            encoded = self.dose(encoded, condition.dose.to(encoded.dtype))
+        given = (codes != NOTHING)[..., None]
+        nothing = self.own(codes.new_zeros(1))
+        done = torch.where(given.any(-2), (encoded * given).sum(-2), nothing)
+        levels = [
+            level(codes)
+            for level, codes in zip(self.covariates, condition.covariates.unbind(-1), strict=True)
+        ]
+        return self.join(torch.cat([done, *levels], dim=-1))
+
+
+class Level(nn.Module):
+    """A learned vector for each level of a covariate; a level never trained has the mean of the others."""
+
+    trained: Bool[Tensor, "levels"]
+
+    def __init__(self, levels: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(levels, dim)
+        self.register_buffer("trained", torch.ones(levels, dtype=torch.bool))
+
+    def forward(self, codes: Int[Tensor, "sets"]) -> Float[Tensor, "sets dim"]:
+        """Look up."""
+        weight = self.trained.to(self.table.weight.dtype)
+        mean = weight @ self.table.weight / weight.sum().clamp_min(1)
+        return torch.where(self.trained[codes, None], self.table(codes), mean)

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from knockon.types import Noise
+
 Blocks = Iterable[Float[np.ndarray, "_ genes"]]
 """Cells, a block of any number of them at a time, log1p."""
 
@@ -85,7 +87,7 @@ class Dispersion(nn.Module):
         cells: Float[Tensor, "sets cells genes"],
         mean: Float[Tensor, "sets genes"],
         population: Int[Tensor, "sets"],
-        rng: torch.Generator,
+        noise: Noise,
     ) -> Float[Tensor, "sets cells genes"]:
         """Move cells of the given populations so that the populations would get the given means.
 
@@ -97,7 +99,7 @@ class Dispersion(nn.Module):
             Wanted, log1p, not negative.
         population
             Index of the population that the cells of each set come from.
-        rng
+        noise
             Chooses the cells in which a gene is switched on.
         """
         curve, off = self.curve[population], self.off[population]
@@ -108,7 +110,7 @@ class Dispersion(nn.Module):
         rest = (excess - most).clamp_min(0).unsqueeze(1)
         # A factor of 1 must return the very same cells, which expm1 and log1p would only nearly do.
         scaled = torch.where(factor == 1, cells, torch.log1p(torch.expm1(cells) * factor))
-        draw = torch.rand(cells.shape, generator=rng, device=cells.device, dtype=cells.dtype)
+        draw = noise.uniform(cells)
         switched = (cells == 0) & (draw < probability.unsqueeze(1))
         return torch.where(switched, self.typical, scaled) + rest
 

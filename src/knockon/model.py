@@ -85,7 +85,8 @@ class Training:
     final_lr: float = 0.0
     """Learning rate at the last step of a cosine schedule."""
     schedule: Literal["constant", "cosine", "floored_cosine"] = "cosine"
-    """Shape of the learning rate after the warm-up; a floored cosine falls to 0, but not below ``final_lr``."""
+    """Shape of the learning rate after the warm-up; a floored one falls to 0, but not below
+    ``final_lr``."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     plateau: float = 0.0

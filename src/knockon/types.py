@@ -14,7 +14,7 @@ steps     steps of a solver or a schedule
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -173,22 +173,25 @@ class Noise:
 
     def normal(self, like: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
         """Draw standard normal numbers, as many and of the kind of ``like``."""
-        return self._draw(
-            like, lambda x, g: torch.randn(x.shape, generator=g, dtype=x.dtype, device=x.device)
-        )
+        return self._draw(like, torch.randn)
 
     def uniform(self, like: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
         """Draw from [0, 1)."""
-        return self._draw(like, lambda x, g: torch.rand(x.shape, generator=g, dtype=x.dtype, device=x.device))
+        return self._draw(like, torch.rand)
 
     def poisson(self, rates: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
         """Draw counts with these expectations."""
-        return self._draw(rates, lambda x, g: torch.poisson(x, generator=g))
+        return torch.cat([torch.poisson(x, generator=g) for x, g in self._parts(rates)])
 
-    def _draw(self, like: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
-        if len(self.generators) == 1:
-            return draw(like, self.generators[0])
-        return torch.stack([draw(x, g) for x, g in zip(like, self.generators, strict=True)])
+    def _draw(self, like: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        return torch.cat(
+            [draw(x.shape, generator=g, dtype=x.dtype, device=x.device) for x, g in self._parts(like)]
+        )
+
+    def _parts(self, like: Tensor) -> Iterable[tuple[Tensor, torch.Generator]]:
+        """Pair sets with the generator that they draw from."""
+        whole = len(self.generators) == 1
+        return zip([like] if whole else like.split(1), self.generators, strict=True)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def betas(kind: Kind, steps: int) -> Float[Tensor, "steps"]:
     """Share of the variance that each step replaces by noise, in float64.
 
     ``linear`` rises from 1e-4 to 0.02 for 1,000 steps, and inversely to their number [ho2020]. ``cosine``
-    has ``alpha_bar = cos^2`` up to a limit of 0.999 [nichol2021, eq. 17]; ``power_cosine`` is its 0.3rd power.
+    has ``alpha_bar = cos^2``, limited to 0.999 a step [nichol2021, eq. 17]; ``power_cosine`` is its 0.3rd
+    power.
     """
     if kind == "linear":
         scale = 1000 / steps

@@ -95,7 +95,8 @@ def energy_distance(
     weights = [mask.to(x.dtype) for mask in real]
     between = _mean(_distances(x, y, floor), weights[0], weights[1])
     within = [
-        _mean_within(_distances(z, z, floor), w, unbiased) for z, w in zip((x, y), weights, strict=True)
+        _mean_within(_distances(z, z, floor), w, unbiased=unbiased)
+        for z, w in zip((x, y), weights, strict=True)
     ]
     return 2 * between - within[0] - within[1]
 
@@ -106,7 +107,7 @@ def _mean(square: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return total / (rows.sum(-1) * columns.sum(-1)).clamp_min(1)
 
 
-def _mean_within(square: Tensor, weights: Tensor, unbiased: bool) -> Tensor:
+def _mean_within(square: Tensor, weights: Tensor, *, unbiased: bool) -> Tensor:
     if not unbiased:
         return _mean(square, weights, weights)
     count = weights.sum(-1)

@@ -283,7 +283,7 @@ class PerturbDiff(Model):
         made = made * self.config.scale
         return torch.where(made < self.half_count, 0, made) if self.config.snap_zeros else made
 
-    def follow(  # noqa: PLR0913 (each is another ingredient)
+    def follow(
         self,
         x: Float[Tensor, "sets cells genes"],
         control: Float[Tensor, "sets cells genes"],
@@ -306,7 +306,7 @@ class PerturbDiff(Model):
             x = clean
         return x
 
-    def chain(  # noqa: PLR0913 (each is another ingredient)
+    def chain(
         self,
         x: Float[Tensor, "sets cells genes"],
         control: Float[Tensor, "sets cells genes"],
@@ -330,7 +330,7 @@ class PerturbDiff(Model):
             shown = torch.cat([x, x]) if guided else x
             found = self.estimate(shown, earlier, control, base, encoded + time, real)
             clean = self.guide(*found.split(sets)) if guided else found
-            clean = torch.where(clean < config.cutoff, 0, clean)
+            clean = self.cut(clean)
             earlier = found if config.own_estimates else torch.cat([clean, clean]) if guided else clean
             if config.rule == "ddpm":
                 x = diffusion.ddpm(x, clean, move, noise=fresh())
@@ -341,6 +341,10 @@ class PerturbDiff(Model):
     def guide(self, conditioned: Tensor, unconditioned: Tensor) -> Tensor:
         """Move the estimate away from the one that knows no condition [ho2022]."""
         return (1 + self.config.guidance) * conditioned - self.config.guidance * unconditioned
+
+    def cut(self, estimate: Tensor) -> Tensor:
+        """Set small and negative values to zero."""
+        return torch.where(estimate < self.config.cutoff, 0, estimate)
 
     def _hide(self, sets: int, rng: torch.Generator) -> Hidden:
         """Draw what is hidden and shown. Sets come in random order, so the first ones are as good as any."""

@@ -22,7 +22,7 @@ from knockon.model import Losses, Model, ModelConfig, Recipe, Training
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
 from knockon.nn.joint import Architecture, JointTransformer, Real
-from knockon.types import CellSets, Condition, Noise, Spec
+from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
 __all__ = ["Config", "PerturbDiff", "default", "from_released", "paper", "small"]
 
@@ -88,7 +88,19 @@ class Config(Architecture, ModelConfig):
     """Values below half a count in a typical cell become zero at the end (not in the paper)."""
 
     def build(self, spec: Spec) -> "PerturbDiff":
-        """Make the model."""
+        """Make the model.
+
+        Raises
+        ------
+        UserError
+            If generation would visit more steps than there are.
+        """
+        if not 0 < self.visited <= self.steps:
+            raise UserError(
+                f"Generation visits {self.visited} of {self.steps} steps",
+                expected="at least one, and no more than there are",
+                mend="set --model.visited",
+            )
         return PerturbDiff(self, spec)
 
 
@@ -192,14 +204,14 @@ class PerturbDiff(Model):
 
     def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
         """Estimate each set from its noised self at a random step."""
-        real, batch = self._trim(batch)
+        batch = self._trim(batch)
         clean, control = batch.target / self.config.scale, batch.control / self.config.scale
         steps = torch.randint(self.config.steps, (len(clean),), generator=rng, device=clean.device)
         noise = torch.randn(clean.shape, generator=rng, device=clean.device, dtype=clean.dtype)
         hidden = self._hide(len(clean), rng)
         x = diffusion.noised(clean, noise, self.bars[steps])
-        estimate = self.denoise(x, control, self.encode(batch.condition), steps, hidden, real)
-        return self.objective(estimate, clean, real)
+        estimate = self.denoise(x, control, self.encode(batch.condition), steps, hidden, batch.real)
+        return self.objective(estimate, clean, batch.real)
 
     def objective(
         self,
@@ -365,13 +377,14 @@ class PerturbDiff(Model):
             shown=torch.arange(round(sets * config.self_conditioning), device=device),
         )
 
-    def _trim(self, batch: CellSets) -> tuple[Real, CellSets]:
+    def _trim(self, batch: CellSets) -> CellSets:
         """Drop places that no set of the batch fills; on a GPU, asking for their number would wait for it."""
         real = batch.real if self.config.masked else None
         if real is None or real.device.type != "cpu":
-            return real, batch
+            return replace(batch, real=real)
         most = int(real.sum(1).max())
-        return real[:, :most], replace(batch, target=batch.target[:, :most], control=batch.control[:, :most])
+        real = None if real[:, :most].all() else real[:, :most]
+        return replace(batch, target=batch.target[:, :most], control=batch.control[:, :most], real=real)
 
 
 def hide(

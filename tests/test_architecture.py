@@ -15,6 +15,7 @@ TIERS = (
     {"models"},
     {"predict"},
     {"run"},
+    {"transfer"},
     {"checkpoint"},
     {"train"},
     {"evaluate"},

@@ -7,6 +7,7 @@ from knockon.compare import Comparison, compare
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
 from knockon.evaluate.tables import render
+from knockon.train import Options
 from knockon.types import UserError
 
 QUICK = Comparison(models=("nearest", "latent-additive:small"), cells=16, steps=2)
@@ -67,6 +68,36 @@ def test_what_cannot_be_predicted_is_left_out_and_said(
     assert "latent_additive-small is left out" in caplog.text
     assert "the mean effect stands in" in caplog.text
     assert set(summary["model"]) == {"no_effect", "mean_shift", "additive", "ceiling"}
+
+
+def test_what_cannot_be_predicted_is_not_trained_either(screen: Screen, tmp_path: Path) -> None:
+    comparison = Comparison(models=("latent_additive:small",), cells=8, steps=1)
+    compare(screen, splits.unseen(screen, fraction=0.2), out=tmp_path, comparison=comparison)
+    assert not (tmp_path / "runs" / "latent_additive-small").exists()
+
+
+def test_a_fallback_answers_for_what_a_model_does_not_know(
+    screen: Screen, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unseen = splits.unseen(screen, fraction=0.2)
+    asked = Comparison(models=("latent_additive:small",), cells=8, steps=1, fallback="mean_shift")
+    with caplog.at_level("INFO", logger="knockon"):
+        compare(screen, unseen, out=tmp_path, comparison=asked)
+    assert f"mean_shift answers for {len(unseen.test)} of {len(unseen.test)} conditions" in caplog.text
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    of = {name: part.drop(columns="model") for name, part in scores.groupby("model")}
+    pd.testing.assert_frame_equal(
+        of["latent_additive-small"].reset_index(drop=True), of["mean_shift"].reset_index(drop=True)
+    )
+
+
+def test_models_share_their_genes_whatever_they_are_fitted_to(screen: Screen, tmp_path: Path) -> None:
+    """Baselines learn from validation conditions too; the genes are those of training all the same."""
+    split = splits.additive(screen)
+    assert split.validation
+    options = Options(genes=12)
+    summary = compare(screen, split, out=tmp_path, comparison=QUICK, options=options)
+    assert "latent_additive-small" in set(summary["model"])
 
 
 def test_an_unknown_model_is_refused_before_anything_is_done(screen: Screen, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from knockon.evaluate.tables import write
 from knockon.files import digest, written_aside
 from knockon.model import Recipe
 from knockon.models.additive import Config as AdditiveConfig
-from knockon.predict import Refusal
+from knockon.predict import Refusal, unknown
 from knockon.progress import bar
 from knockon.run import RECORD, Run
 from knockon.train import Options, train
@@ -43,6 +44,9 @@ class Comparison:
     """Seed of training, prediction and the ceiling."""
     suite: str = "core"
     """Which metrics, by which conventions."""
+    fallback: str | None = None
+    """Baseline that answers for the conditions that a model has no basis to predict; without one, such a
+    model is left out."""
 
 
 def compare(
@@ -64,20 +68,27 @@ def compare(
     """
     folder = Path(out)
     recipes = _recipes(comparison)
+    if comparison.fallback not in (None, *ANCHORS):
+        raise UserError(
+            "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(ANCHORS)
+        )
     _announce(split)
     found: list[pd.DataFrame] = []
     truth: Truth | None = None
+    fallback: Run | None = None
     for name, recipe in recipes.items():
         log.info("%s ...", name)
-        run = train(recipe, screen, split, out=folder / "runs" / name, options=options)
-        truth = truth or Truth.of(run.screen, split)
+        wanted = () if fallback else split.test
         try:
-            predicted = _predicted(
-                run, folder / "predictions" / f"{name}.h5ad", comparison, quiet=options.quiet
-            )
+            run = train(recipe, screen, split, out=folder / "runs" / name, options=options, wanted=wanted)
         except Refusal as refusal:
             log.warning("%s is left out. %s", name, refusal)
             continue
+        truth = truth or Truth.of(run.screen, split)
+        path = folder / "predictions" / f"{name}.h5ad"
+        predicted = _predicted(run, fallback, path, comparison, quiet=options.quiet)
+        if name == comparison.fallback:
+            fallback = run
         found.append(suites.score(Pairs.align(predicted, truth), comparison.suite).assign(model=name))
     if truth is None or not found:
         raise UserError("No model could predict the test conditions", mend="choose other --models")
@@ -112,15 +123,44 @@ def _announce(split: Split) -> None:
         )
 
 
-def _predicted(run: Run, path: Path, comparison: Comparison, *, quiet: bool) -> anndata.AnnData:
+def _predicted(
+    run: Run, fallback: Run | None, path: Path, comparison: Comparison, *, quiet: bool
+) -> anndata.AnnData:
     """Cells of the test conditions, from the file where an earlier comparison wrote them."""
+    lacking = unknown(run.model, run.split.test)
+    if lacking:
+        log.warning(
+            "%s answers for %d of %d conditions", comparison.fallback, len(lacking), len(run.split.test)
+        )
+    by = digest(fallback.folder / RECORD) if lacking and fallback else ""
+    marks = {"run": digest(run.folder / RECORD), "cells": comparison.cells, "fallback": by}
     if path.exists():
         earlier = anndata.read_h5ad(path)
-        made = earlier.uns["knockon"]
-        if made["run"] == digest(run.folder / RECORD) and made["cells"] == comparison.cells:
+        if marks.items() <= earlier.uns["knockon"].items():
             return earlier
+    parts = [(run, [label for label in run.split.test if label not in set(lacking)])]
+    parts += [(fallback, lacking)] if fallback else []
     with bar("predicting", total=len(run.split.test), quiet=quiet) as advance:
-        predicted = run.predict("test", cells=comparison.cells, seed=comparison.seed, advance=advance)
+        made = [
+            asked.predict(labels, cells=comparison.cells, seed=comparison.seed, advance=advance)
+            for asked, labels in parts
+            if labels
+        ]
+    predicted = _joined(made)
+    predicted.uns["knockon"] |= marks
     with written_aside(path) as aside:
         predicted.write_h5ad(aside)
     return predicted
+
+
+def _joined(parts: Sequence[anndata.AnnData]) -> anndata.AnnData:
+    """Cells of several predictions, numbered through; their control cells, each once."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = anndata.concat(parts, merge="same")
+    whole.uns = dict(parts[0].uns)
+    is_control = whole.obs["control"].to_numpy()
+    names = whole.obs_names.to_numpy().copy()
+    names[~is_control] = [f"predicted_{i}" for i in range(int((~is_control).sum()))]
+    whole.obs_names = names.tolist()
+    return whole[~whole.obs_names.duplicated()].copy()

@@ -6,6 +6,7 @@ arguments (``default``, and where they make sense ``paper`` and ``small``) that 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_type_hints
@@ -38,6 +39,19 @@ class Model(nn.Module, ABC):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
+
+    @property
+    def learns_controls(self) -> bool:
+        """Whether control cells are trained on as well, as cells to which nothing was done."""
+        return False
+
+    def entries(self) -> dict[str, tuple[Sequence[str] | None, ...]]:
+        """Names along the dimensions of parameters that belong to genes, perturbations or levels.
+
+        For each such parameter, one sequence for each dimension, or None where entries have no names.
+        Training that begins with another run's weights keeps the entries of the same name.
+        """
+        return {}
 
     @abstractmethod
     def fit_statistics(self, train: "Screen") -> None:

@@ -62,18 +62,11 @@ def generate(
     Refusal
         If the model has no basis to predict a condition.
     """
+    if not labels:
+        raise UserError("No condition to predict", mend="name some, or choose a part that the split has")
     if cells < 1:
         raise UserError(f"{cells} cells per condition", expected="at least 1", mend="set --cells")
-    known = model.knows(model.spec.encode(labels).to(_device(model))).tolist()
-    refused = [label for label, is_known in zip(labels, known, strict=True) if not is_known]
-    if refused:
-        name = type(model).__module__.rpartition(".")[2]
-        raise Refusal(
-            f"{name} has no basis to predict some conditions",
-            offenders=refused,
-            expected="perturbations that it was trained on, or that have a vector or a gene in the panel",
-            mend="leave them out, or choose a model or a fallback that knows them (docs/models)",
-        )
+    refuse_unknown(model, labels)
     blocks, used = [], []
     for group in _groups(labels, cells):
         for drawn, rows in draw(model, screen, group, cells=cells, seed=seed):
@@ -81,6 +74,25 @@ def generate(
             used.append(rows)
             advance()
     return _assemble(screen, labels, blocks, used)
+
+
+def unknown(model: Model, labels: Sequence[Label]) -> list[Label]:
+    """List the conditions that a fitted model has no basis to predict."""
+    known = model.knows(model.spec.encode(labels).to(_device(model))).tolist() if labels else []
+    return [label for label, is_known in zip(labels, known, strict=True) if not is_known]
+
+
+def refuse_unknown(model: Model, labels: Sequence[Label]) -> None:
+    """Refuse, by name, conditions that a fitted model has no basis to predict."""
+    refused = unknown(model, labels)
+    if refused:
+        name = type(model).__module__.rpartition(".")[2]
+        raise Refusal(
+            f"{name} has no basis to predict some conditions",
+            offenders=refused,
+            expected="perturbations that it was trained on, or that have a vector or a gene in the panel",
+            mend="leave them out, or choose a model that knows them (knockon compare has --fallback)",
+        )
 
 
 @torch.inference_mode()

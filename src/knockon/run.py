@@ -44,6 +44,8 @@ class Record:
     preparation: Preparation
     vectors: str = ""
     """SHA-256 of the table of perturbation vectors; empty without one."""
+    begun: str = ""
+    """SHA-256 of the record of the run whose weights training began with; empty without one."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the other files of the folder; without the weights until training has finished."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -151,7 +153,7 @@ class Run:
         record = Record.read(folder)
         if not record.finished:
             raise UserError(f"The run in {folder} has not finished", mend="give the same train command again")
-        _refuse_edited(record, folder)
+        refuse_edited(record, folder)
         if not isinstance(screen, Screen):
             screen = _read_screen(record, folder, screen)
         if screen.digest != record.screen:
@@ -247,7 +249,8 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def _refuse_edited(record: Record, folder: Path) -> None:
+def refuse_edited(record: Record, folder: Path) -> None:
+    """Refuse a folder whose files are not those that its record knows."""
     for name in _files(folder):
         if not (folder / name).is_file() or digest(folder / name) != record.files.get(name):
             raise UserError(

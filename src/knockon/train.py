@@ -5,15 +5,18 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from tyro.conf import arg
 
-from knockon import models
+from knockon import models, transfer
 from knockon.checkpoint import CHECKPOINT, Journal, State
 from knockon.data import prepare, splits
 from knockon.data.sampler import Sampler
@@ -23,7 +26,7 @@ from knockon.data.vectors import read_vectors
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.files import digest
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class
-from knockon.predict import draw
+from knockon.predict import draw, refuse_unknown
 from knockon.progress import bar
 from knockon.run import LOG, RECORD, SPLIT, Record, Run, resolve_device, save_run, versions, write_spec
 from knockon.types import Label, UserError
@@ -50,6 +53,8 @@ class Options:
     """Log to ``tensorboard/`` in the run folder as well."""
     quiet: bool = True
     """Show no progress bar."""
+    start: Annotated[Path | None, arg(name="from")] = None
+    """Run folder whose weights training begins with, of the same model; what has another name is new."""
 
 
 def train(
@@ -59,6 +64,7 @@ def train(
     *,
     out: str | Path,
     options: Options = Options(),
+    wanted: Sequence[Label] = (),
 ) -> Run:
     """Train a model and write its run folder; continue where an earlier run of the same stopped.
 
@@ -72,9 +78,13 @@ def train(
         Or the kind of one.
     out
         The run folder. A finished run of the same is loaded and not trained again.
+    wanted
+        Conditions that the model must be able to predict.
 
     Raises
     ------
+    Refusal
+        If the model has no basis to predict one of them; nothing was trained then.
     UserError
         If the folder holds another run, or training diverges.
     """
@@ -82,6 +92,7 @@ def train(
     recipe = _recipe(model)
     split = split if isinstance(split, Split) else splits.make(split, screen)
     network, prepared, record = _set_up(recipe, screen, split, options)
+    refuse_unknown(network, wanted)
     if (folder / RECORD).exists():
         earlier = Record.read(folder)
         _check_same(earlier, record, folder, split, screen)
@@ -139,12 +150,15 @@ def _name(config: ModelConfig) -> str:
 def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> tuple[Model, Screen, Record]:
     """Prepare the screen, build the model and fit its statistics, on training cells only.
 
-    A model without training steps chooses nothing on validation conditions and learns from them too.
+    A model without training steps chooses nothing on validation conditions and learns from them too; the
+    preparation does not, so that it is the same for all models.
     """
     learned = split.train if recipe.train.steps else (*split.train, *split.validation)
-    cells = screen.select((*learned, *screen.controls))
     preparation = prepare.fit(
-        cells, units=model_class(recipe.model).units, genes=options.genes, total=options.total
+        splits.training(split, screen),
+        units=model_class(recipe.model).units,
+        genes=options.genes,
+        total=options.total,
     )
     for note in preparation.notes:
         log.info(note)
@@ -153,7 +167,16 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # noqa: TID251 (initialization draws from the global generator)
         network = recipe.model.build(prepared.spec(vectors))
-    network.fit_statistics(prepared.select(cells.labels))
+    if not split.train and not network.learns_controls:
+        raise UserError(
+            "There is no perturbed cell to train on",
+            expected="a screen with perturbations, or a model that learns from control cells",
+            mend="for unlabelled cells, --preset marginal of perturbdiff",
+        )
+    network.fit_statistics(prepared.select((*learned, *screen.controls)))
+    if options.start is not None:
+        for note in transfer.adopt(network, options.start, _name(recipe.model)):
+            log.info(note)
     record = Record(
         model=_name(recipe.model),
         config=recipe.model,
@@ -163,6 +186,7 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
         screen=screen.digest,
         preparation=preparation,
         vectors="" if options.vectors is None else digest(options.vectors),
+        begun="" if options.start is None else digest(options.start / RECORD),
         versions=versions(),
         device=resolve_device(options.device),
     )
@@ -262,7 +286,7 @@ def _sampler(
     sampler = Sampler(
         screen,
         network.spec,
-        conditions=split.train,
+        conditions=(*split.train, *screen.controls) if network.learns_controls else split.train,
         sets=training.sets,
         cells=training.cells,
         seed=training.seed,

@@ -7,8 +7,9 @@ from torch import nn
 
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.models import perturbdiff
-from knockon.models.perturbdiff import Parts, PerturbDiff, hide
+from knockon.models.perturbdiff import PerturbDiff, hide
 from knockon.nn.conditions import Level
+from knockon.nn.joint import Parts
 from knockon.types import CellSets, Condition, Covariate, Noise, Spec, UserError
 
 GENES = 12

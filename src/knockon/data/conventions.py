@@ -41,6 +41,8 @@ class Columns:
     """Layer with the values; ``X`` without it."""
     units: Units | None = None
     """Scale that the values must have; recognized without it."""
+    unlabelled: bool = False
+    """The file says nothing of perturbations: all its cells are control cells, to pretrain on."""
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,15 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
     """
     notes: list[str] = []
     genes = frozenset(genes)
-    key = _perturbation_column(obs, columns.perturbation_key, notes)
-    texts, text_codes = _levels(obs, key)
-    flags = None if columns.control else _control_flags(obs, notes)
-    controls = _controls(texts, text_codes, flags, genes=genes, told=columns.control, notes=notes)
-    doses, dose_codes = read_doses(obs, columns.dose_key, notes)
+    if columns.unlabelled:
+        texts, controls, doses = [CONTROL], frozenset({CONTROL}), [""]
+        text_codes = dose_codes = np.zeros(len(obs), dtype=np.int64)
+    else:
+        key = _perturbation_column(obs, columns.perturbation_key, notes)
+        texts, text_codes = _levels(obs, key)
+        flags = None if columns.control else _control_flags(obs, notes)
+        controls = _controls(texts, text_codes, flags, genes=genes, told=columns.control, notes=notes)
+        doses, dose_codes = read_doses(obs, columns.dose_key, notes)
     known = names_of(texts, genes) - (controls - genes)
     pairs, codes = _distinct(text_codes, dose_codes)
     parsed = [read_parts(texts[t], doses[d], known=known, controls=controls) for t, d in pairs]

@@ -164,6 +164,7 @@ class Screen:
         dose_key: str | None = None,
         layer: str | None = None,
         units: Units | None = None,
+        unlabelled: bool = False,
         backed: bool = False,
     ) -> "Screen":
         """Read ``.h5ad`` or ``.zarr``; what is not told is recognized and noted.
@@ -172,7 +173,7 @@ class Screen:
         ----------
         path
             The file.
-        perturbation_key, control, covariate_keys, dose_key, layer, units
+        perturbation_key, control, covariate_keys, dose_key, layer, units, unlabelled
             See ``Columns``.
         backed
             Leave the values on disk, for screens larger than memory.
@@ -189,6 +190,7 @@ class Screen:
             dose_key=dose_key,
             layer=layer,
             units=units,
+            unlabelled=unlabelled,
         )
         return read(path, columns, backed=backed)
 

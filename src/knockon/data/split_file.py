@@ -82,6 +82,8 @@ def read(path: str | Path, screen: Screen) -> Split:
             expected='a JSON object such as {"test": ["A+B", "C"]}',
         )
     _same_screen(str(value.get("digest", "")), screen)
+    if value.get("kind") == "none":
+        return everything(screen)
     parts = {part: _resolve(value[part], screen, path) for part in get_args(Part) if part in value}
     _refuse_overlap(parts)
     seed, test = int(value.get("seed", 42)), parts["test"]
@@ -179,6 +181,19 @@ def seen(split: Split, label: Label) -> int:
     """How many perturbations of a condition occur in training, alone or in combination."""
     known = {name for trained in split.train for name in trained.perturbations}
     return sum(name in known for name in label.perturbations)
+
+
+def everything(screen: Screen) -> Split:
+    """Hold out nothing: all conditions are trained on, if there are any."""
+    return Split(
+        kind="none",
+        seed=0,
+        train=screen.conditions,
+        validation=(),
+        test=(),
+        digest=screen.digest,
+        covariates=tuple(covariate.name for covariate in screen.covariates),
+    )
 
 
 def assemble(

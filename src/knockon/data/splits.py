@@ -4,7 +4,7 @@ A held-out perturbation is held out in every context where it occurs, except whe
 """
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from knockon.data.split_file import (
     Split,
     assemble,
     carve,
+    everything,
     part,
     read,
     seen,
@@ -27,10 +28,10 @@ from knockon.types import Label, UserError
 
 __all__ = [
     "KINDS", "Leak", "Part", "Split", "additive", "additive_test", "audit", "combinations15", "context",
-    "make", "part", "random", "read", "seen", "training", "unseen",
+    "everything", "make", "part", "random", "read", "seen", "training", "unseen",
 ]  # fmt: skip
 
-KINDS = ("additive", "combinations15", "unseen", "context", "random")
+KINDS = ("additive", "combinations15", "unseen", "context", "random", "none")
 """Kinds that ``make`` knows by name; anything else is the path of a file."""
 
 
@@ -166,18 +167,19 @@ def make(
         )
     if holdout and name not in ("unseen", "context"):
         raise UserError(f"The split {name} draws what it holds out", mend="leave out --holdout")
-    options = {} if fraction is None else {"fraction": _checked(fraction)}
-    match name:
-        case "unseen":
-            return unseen(screen, seed=seed, holdout=holdout, **options)
-        case "context":
-            return context(screen, seed=seed, holdout=holdout)
-        case "random":
-            return random(screen, seed=seed, **options)
-        case "combinations15":
-            return combinations15(screen, seed=seed, **options)
-        case _:
-            return additive(screen, seed=seed, **options)
+    if fraction is not None and name in ("context", "none"):
+        raise UserError(f"The split {name} takes no --fraction", mend="leave it out")
+    options: dict[str, object] = {} if fraction is None else {"fraction": _checked(fraction)}
+    if name in ("unseen", "context"):
+        options["holdout"] = holdout
+    makers: dict[str, Callable[..., Split]] = {
+        "additive": additive,
+        "combinations15": combinations15,
+        "unseen": unseen,
+        "context": context,
+        "random": random,
+    }
+    return everything(screen) if name == "none" else makers[name](screen, seed=seed, **options)
 
 
 def additive_test(combinations: Sequence[str], *, seed: int, fraction: float = 0.3) -> list[str]:

@@ -5,7 +5,7 @@ cells estimates the clean set from a noised one; the loss is the energy distance
 small squared error. See docs/models/perturbdiff.md.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from knockon.dynamics.discrepancy import energy_distance
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
-from knockon.nn.joint import Architecture, JointTransformer, Real
+from knockon.nn.joint import Architecture, JointTransformer, Parts, Real
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
 __all__ = ["Config", "PerturbDiff", "default", "from_released", "paper", "small"]
@@ -66,6 +66,11 @@ class Config(Architecture, ModelConfig):
     """Leave out the distance of a cell to itself."""
     masked: bool = True
     """Copies that fill up a set count neither in attention nor in the loss; in the paper they do."""
+    learn_controls: bool = False
+    """Train on control cells as well, as cells to which nothing was done."""
+    marginal: bool = False
+    """Learn the cells of every context, whatever was done to them, for a later run to begin with: what was
+    done is hidden."""
     set_size: int = 64
     """Cells that are generated as one set."""
     span: diffusion.Span = "strided"
@@ -151,6 +156,14 @@ def paper() -> Recipe:
     )  # fmt: skip
 
 
+def marginal() -> Recipe:
+    """Return what learns the cells of screens without labels, to fine-tune from with ``--from``."""
+    recipe = default()
+    assert isinstance(recipe.model, Config)
+    model = replace(recipe.model, marginal=True, learn_controls=True, control_dropout=1.0, residual=False)
+    return replace(recipe, model=model)
+
+
 def small() -> Recipe:
     """Return a model for tests: some seconds on one core."""
     return Recipe(
@@ -195,12 +208,29 @@ class PerturbDiff(Model):
 
     def fit_statistics(self, train: "Screen") -> None:
         """Note which perturbations and contexts training will have seen, and the value of half a count."""
-        self.conditions.fit(self.spec.encode(train.conditions))
+        learned = train.labels if self.learns_controls else train.conditions
+        self.conditions.fit(self.spec.encode(learned))
         self.half_count.fill_(half_count(train.matrix, np.concatenate(list(train.rows.values()))))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations that were trained, and those with a vector."""
-        return self.conditions.knows(condition.perturbation).all(dim=-1)
+        known = self.conditions.knows(condition.perturbation).all(dim=-1)
+        return torch.ones_like(known) if self.config.marginal else known
+
+    @property
+    def learns_controls(self) -> bool:
+        """As the configuration says."""
+        return self.config.learn_controls
+
+    def entries(self) -> dict[str, tuple[Sequence[str] | None, ...]]:
+        """Names of genes, perturbations and levels."""
+        genes = self.spec.genes
+        found = {f"network.{key}": names for key, names in self.network.entries(genes).items()}
+        found |= {f"conditions.{key}": names for key, names in self.conditions.entries(self.spec).items()}
+        if self.config.condition_through_genes:
+            found |= {"conditions.join.weight": (genes, None), "conditions.join.bias": (genes,)}
+            found["condition.weight"] = (None, genes)
+        return found
 
     def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
         """Estimate each set from its noised self at a random step."""
@@ -234,6 +264,8 @@ class PerturbDiff(Model):
 
     def encode(self, condition: Condition) -> Float[Tensor, "sets 1 dim"]:
         """Encode conditions; one vector for all cells of a set."""
+        if self.config.marginal:
+            condition = replace(condition, perturbation=torch.zeros_like(condition.perturbation))
         return self.condition(functional.silu(self.conditions(condition)))[:, None]
 
     def denoise(
@@ -291,18 +323,19 @@ class PerturbDiff(Model):
 
         encoded = self.encode(condition).repeat_interleave(parts.number, dim=0)
         real = parts.real(len(control), control.device) if self.config.masked else None
-        made = parts.join(self.follow(fresh(), parts.cut(control), encoded, fresh, real))
+        *_, (made, _) = self.chain(fresh(), parts.cut(control), encoded, fresh, real)
+        made = parts.join(made)
         made = made * self.config.scale
         return torch.where(made < self.half_count, 0, made) if self.config.snap_zeros else made
 
-    def follow(
+    def chain(
         self,
         x: Float[Tensor, "sets cells genes"],
         control: Float[Tensor, "sets cells genes"],
         encoded: Float[Tensor, "sets #cells dim"],
         fresh: Callable[[], Tensor],
         real: Real = None,
-    ) -> Float[Tensor, "sets cells genes"]:
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Undo the noise step by step; both passes of guidance are computed side by side.
 
         Parameters
@@ -313,20 +346,12 @@ class PerturbDiff(Model):
             What ``encode`` made.
         fresh
             Draws noise, for the rules that add some.
-        """
-        for clean, _ in self.chain(x, control, encoded, fresh, real):
-            x = clean
-        return x
 
-    def chain(
-        self,
-        x: Float[Tensor, "sets cells genes"],
-        control: Float[Tensor, "sets cells genes"],
-        encoded: Float[Tensor, "sets #cells dim"],
-        fresh: Callable[[], Tensor],
-        real: Real = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, at every visited step, the estimate of the clean sets and the state after the step."""
+        Yields
+        ------
+        tuple
+            At every visited step, the estimate of the clean sets and the state after the step.
+        """
         config, bars = self.config, self.bars
         guided, sets = config.guidance != 0, len(x)
         visited = diffusion.steps_of(config.span, config.steps, config.visited)
@@ -393,33 +418,3 @@ def hide(
     """Hide the same from all sets, and show the first ones an earlier estimate."""
     every = torch.ones(sets, dtype=torch.bool, device=device)
     return Hidden(every & condition, every & control, torch.arange(shown, device=device))
-
-
-class Parts(NamedTuple):
-    """How many parts a set of cells is cut into, of how many cells each; the last is filled up."""
-
-    cells: int
-    number: int
-    size: int
-
-    @classmethod
-    def of(cls, cells: int, most: int) -> "Parts":
-        """Cut into parts of at most so many cells, as equal as they can be."""
-        number = -(-cells // most)
-        return cls(cells, number, -(-cells // number))
-
-    def cut(self, x: Float[Tensor, "sets cells genes"]) -> Float[Tensor, "parts size genes"]:
-        """Cut, and fill up with zeros."""
-        filled = functional.pad(x, (0, 0, 0, self.number * self.size - self.cells))
-        return filled.reshape(-1, self.size, x.shape[-1])
-
-    def join(self, x: Float[Tensor, "parts size genes"]) -> Float[Tensor, "sets cells genes"]:
-        """Undo ``cut``."""
-        return x.reshape(-1, self.number * self.size, x.shape[-1])[:, : self.cells]
-
-    def real(self, sets: int, device: torch.device) -> Real:
-        """Tell cells from what fills up; None where nothing does."""
-        if self.number * self.size == self.cells:
-            return None
-        places = torch.arange(self.number * self.size, device=device) < self.cells
-        return places.expand(sets, -1).reshape(-1, self.size)

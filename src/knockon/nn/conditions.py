@@ -1,5 +1,7 @@
 """Encoders of what a model is told: genes with their neighbors, perturbations, doses, covariates."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -238,6 +240,11 @@ class BranchEncoder(nn.Module):
         for level, codes in zip(self.covariates, trained.covariates.unbind(-1), strict=True):
             assert isinstance(level, Level)
             level.trained.zero_()[codes.unique()] = True
+
+    def entries(self, spec: Spec) -> dict[str, tuple[Sequence[str] | None, ...]]:
+        """Names along the dimensions of parameters that belong to perturbations and levels."""
+        tables = {f"covariates.{i}.table.weight": (c.levels, None) for i, c in enumerate(spec.covariates)}
+        return {"own.table.weight": (("", *spec.perturbations), None), **tables}
 
     def knows(self, codes: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Whether a perturbation was trained or has a vector."""

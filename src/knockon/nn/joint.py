@@ -1,7 +1,8 @@
 """Transformer whose tokens are cells: a set of noised cells beside a set of control cells."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -156,6 +157,16 @@ class JointTransformer(nn.Module):
         self.modulation = _zero(linear(dim, 2 * dim))
         self.head = linear(dim, genes)
 
+    def entries(self, genes: Sequence[str]) -> dict[str, tuple[Sequence[str] | None, ...]]:
+        """Names along the dimensions of parameters that belong to genes."""
+        shown = [f"{of} {gene}" for of in ("state", "estimate") for gene in genes]
+        return {
+            "state.weight": (None, shown),
+            "control.weight": (None, genes),
+            "head.weight": (genes, None),
+            "head.bias": (genes,),
+        }
+
     def embed_control(self, control: Float[Tensor, "sets cells genes"]) -> Float[Tensor, "sets cells dim"]:
         """Embed the control cells; they stay the same while cells are denoised."""
         return self.control(control) + self.token
@@ -196,3 +207,33 @@ class JointTransformer(nn.Module):
 def _zero(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     return layer
+
+
+class Parts(NamedTuple):
+    """How many parts a set of cells is cut into, of how many cells each; the last is filled up."""
+
+    cells: int
+    number: int
+    size: int
+
+    @classmethod
+    def of(cls, cells: int, most: int) -> "Parts":
+        """Cut into parts of at most so many cells, as equal as they can be."""
+        number = -(-cells // most)
+        return cls(cells, number, -(-cells // number))
+
+    def cut(self, x: Float[Tensor, "sets cells genes"]) -> Float[Tensor, "parts size genes"]:
+        """Cut, and fill up with zeros."""
+        filled = functional.pad(x, (0, 0, 0, self.number * self.size - self.cells))
+        return filled.reshape(-1, self.size, x.shape[-1])
+
+    def join(self, x: Float[Tensor, "parts size genes"]) -> Float[Tensor, "sets cells genes"]:
+        """Undo ``cut``."""
+        return x.reshape(-1, self.number * self.size, x.shape[-1])[:, : self.cells]
+
+    def real(self, sets: int, device: torch.device) -> Real:
+        """Tell cells from what fills up; None where nothing does."""
+        if self.number * self.size == self.cells:
+            return None
+        places = torch.arange(self.number * self.size, device=device) < self.cells
+        return places.expand(sets, -1).reshape(-1, self.size)

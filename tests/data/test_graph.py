@@ -60,11 +60,11 @@ def test_every_gene_is_its_own_neighbor_and_zeros_are_none():
     assert graph.neighbors(np.eye(1), 30).toarray().tolist() == [[True]]
 
 
-def test_half_a_count_is_that_of_a_typical_cell():
+def test_one_count_is_that_of_a_typical_cell():
     depths = np.array([0.5, 1.0, 2.0])
     values = np.log1p(np.array([[1, 3, 0], [0, 2, 1], [1, 0, 1]]) / depths[:, None])
     empty = np.zeros((1, 3))
     matrix = sp.csr_matrix(np.vstack([values, empty]))
-    assert graph.half_count(matrix, np.arange(4)) == pytest.approx(np.log1p(0.5))
-    assert graph.half_count(matrix, np.arange(2, 4)) == pytest.approx(np.log1p(0.25))
-    assert graph.half_count(matrix, np.array([3])) == 0
+    assert graph.one_count(matrix, np.arange(4)) == pytest.approx(np.log1p(1.0))
+    assert graph.one_count(matrix, np.arange(2, 4)) == pytest.approx(np.log1p(0.5))
+    assert graph.one_count(matrix, np.array([3])) == 0

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from knockon.nn.counts import ABOVE, STEP, Dispersion
+from knockon.nn.counts import ABOVE, STEP, Dispersion, whole_counts
 from knockon.types import Noise
 
 GENES = 40
@@ -126,3 +126,23 @@ def test_populations_are_kept_apart_and_pooled_last() -> None:
     for index, cells in enumerate((a, b, np.concatenate([a, b]))):
         np.testing.assert_allclose(layer.mean[index], cells.mean(0), rtol=1e-5)
         np.testing.assert_allclose(layer.off[index], (cells == 0).mean(0), atol=1e-6)
+
+
+def test_whole_counts_keep_their_expectation(rng):
+    """In normalized counts, with the depth of each control cell; what is above one count stays."""
+    depth = torch.tensor([0.5, 1.0, 4.0])
+    control = torch.log1p(torch.tensor([[1.0, 0, 3]] * 3) / depth[:, None])[None]
+    values = torch.log1p(torch.tensor([[0.3, 0.9, 2.5]] * 3) / depth[:, None])[None]
+    many = 20_000
+    drawn = whole_counts(values.repeat(many, 1, 1), control.repeat(many, 1, 1), torch.ones(()), Noise(rng))
+    counts = drawn.expm1() * depth[:, None]
+    assert torch.allclose(counts.mean(0), values.expm1()[0] * depth[:, None], atol=0.02)
+    low = counts[..., :2]
+    assert torch.isclose(low, torch.zeros(())).logical_or(torch.isclose(low, torch.ones(()))).all()
+    assert torch.allclose(counts[..., 2], torch.tensor(2.5))
+
+
+def test_an_empty_control_cell_has_counts_of_a_typical_cell(rng):
+    one = torch.tensor(0.4)
+    drawn = whole_counts(torch.full((1, 500, 4), 0.2), torch.zeros(1, 500, 4), one, Noise(rng))
+    assert set(drawn.unique().tolist()) == {0.0, one.item()}

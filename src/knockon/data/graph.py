@@ -87,16 +87,13 @@ def neighbors(
     return sp.csr_matrix(graph, dtype=bool)
 
 
-def half_count(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> float:
-    """Value of half a count in a typical cell, in log1p; 0 where all cells are empty.
-
-    The smallest value above 0 of a cell is taken for one count, and a typical cell is the median of them.
-    """
+def one_count(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> float:
+    """Value of a single count in a typical cell: the median over cells of their smallest value above 0."""
     found = []
     for block in blocks(matrix, rows):
         ends = block.indptr[1:][np.diff(block.indptr) > 0]
         found.extend(part.min() for part in np.split(block.data, ends[:-1]) if part.size and part.min() > 0)
-    return float(np.log1p(np.expm1(np.median(found)) / 2)) if found else 0.0
+    return float(np.median(found)) if found else 0.0
 
 
 def _dense(

@@ -15,12 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from knockon.data.graph import half_count
+from knockon.data.graph import one_count
 from knockon.dynamics import diffusion
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
+from knockon.nn.counts import whole_counts
 from knockon.nn.joint import Architecture, JointTransformer, Parts, Real
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
@@ -89,8 +90,8 @@ class Config(Architecture, ModelConfig):
     see the guided one, with small values cut."""
     cutoff: float = 1e-4
     """Estimates below it, in units of log1p over ``scale``, become zero at every step."""
-    snap_zeros: bool = True
-    """Values below half a count in a typical cell become zero at the end (not in the paper)."""
+    whole_counts: bool = True
+    """Values below a single count become none or one at the end, at random (not in the paper)."""
 
     def build(self, spec: Spec) -> "PerturbDiff":
         """Make the model.
@@ -146,7 +147,7 @@ def paper() -> Recipe:
             visited=100,
             guidance=1.0,
             own_estimates=False,
-            snap_zeros=False,
+            whole_counts=False,
         ),
         train=Training(
             steps=200_000, sets=8, cells=256, lr=2e-4, final_lr=2e-5, warmup=200, plateau=0.1, clip=1.0,
@@ -188,8 +189,8 @@ class PerturbDiff(Model):
 
     bars: Float[Tensor, "steps_and_one"]
     """Share of signal at each step; the last entry stands for clean data."""
-    half_count: Float[Tensor, ""]
-    """``log1p`` of half a normalized count of a typical training cell."""
+    one_count: Float[Tensor, ""]
+    """Value of a single count in a typical training cell, log1p."""
 
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__(spec)
@@ -204,13 +205,13 @@ class PerturbDiff(Model):
         if config.residual:
             nn.init.zeros_(self.network.head.weight)
         self.register_buffer("bars", diffusion.alpha_bars(config.schedule, config.steps), persistent=False)
-        self.register_buffer("half_count", torch.zeros(()))
+        self.register_buffer("one_count", torch.ones(()))
 
     def fit_statistics(self, train: "Screen") -> None:
-        """Note which perturbations and contexts training will have seen, and the value of half a count."""
+        """Note which perturbations and contexts training will have seen, and the value of a count."""
         learned = train.labels if self.learns_controls else train.conditions
         self.conditions.fit(self.spec.encode(learned))
-        self.half_count.fill_(half_count(train.matrix, np.concatenate(list(train.rows.values()))))
+        self.one_count.fill_(one_count(train.matrix, np.concatenate(list(train.rows.values()))))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations that were trained, and those with a vector."""
@@ -314,19 +315,16 @@ class PerturbDiff(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Denoise sets of ``set_size`` cells, which are parts of the sets that are asked for."""
         parts = Parts.of(control.shape[1], self.config.set_size)
-        control = control / self.config.scale
-        if self.config.control_dropout == 1:
-            control = torch.zeros_like(control)
+        shown = torch.zeros_like(control) if self.config.control_dropout == 1 else control / self.config.scale
 
         def fresh() -> Tensor:
             return parts.cut(noise.normal(control))
 
         encoded = self.encode(condition).repeat_interleave(parts.number, dim=0)
         real = parts.real(len(control), control.device) if self.config.masked else None
-        *_, (made, _) = self.chain(fresh(), parts.cut(control), encoded, fresh, real)
-        made = parts.join(made)
-        made = made * self.config.scale
-        return torch.where(made < self.half_count, 0, made) if self.config.snap_zeros else made
+        *_, (made, _) = self.chain(fresh(), parts.cut(shown), encoded, fresh, real)
+        made = parts.join(made) * self.config.scale
+        return whole_counts(made, control, self.one_count, noise) if self.config.whole_counts else made
 
     def chain(
         self,

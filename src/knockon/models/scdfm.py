@@ -165,7 +165,7 @@ class SCDFM(Model):
         controls = np.concatenate([train.rows[label] for label in train.controls])
         treated = np.concatenate([train.rows[label] for label in train.conditions])
         every = np.concatenate([controls, treated])
-        self.half_count.fill_(graph.half_count(matrix, every))
+        self.half_count.fill_(np.log1p(np.expm1(graph.one_count(matrix, every)) / 2))
         self.data_moments.copy_(_moments(matrix, treated))
         if config.source == "poisson":
             self.source_moments.copy_(_moments(matrix, controls))

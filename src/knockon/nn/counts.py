@@ -20,6 +20,33 @@ ABOVE = 16
 """Grid points over factor 1. A gene is scaled up by exp(2) at most; what is missing is switched on."""
 
 
+def whole_counts(
+    values: Float[Tensor, "sets cells genes"],
+    control: Float[Tensor, "sets cells genes"],
+    one_count: Float[Tensor, ""],
+    noise: Noise,
+) -> Float[Tensor, "sets cells genes"]:
+    """Round values below a single count, at random, to none or one, so that their expectation stays.
+
+    A cell has as many counts in all as the control cell beside it, whose smallest value above 0 is a
+    single count.
+
+    Parameters
+    ----------
+    values
+        Predicted, log1p, not negative.
+    control
+        Control cells, log1p.
+    one_count
+        Serves where a control cell is empty, log1p.
+    """
+    own = torch.where(control > 0, control, torch.inf).amin(-1, keepdim=True)
+    own = torch.where(own.isinf(), one_count.to(own.dtype), own)
+    chance = values.expm1() / own.expm1()
+    rounded = torch.where(noise.uniform(values) < chance, own, 0)
+    return torch.where(values < own, rounded, values)
+
+
 class Dispersion(nn.Module):
     """Moves control cells to a mean, gene by gene, and leaves them as different as they were.
 

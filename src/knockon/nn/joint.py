@@ -223,9 +223,9 @@ class Parts(NamedTuple):
         return cls(cells, number, -(-cells // number))
 
     def cut(self, x: Float[Tensor, "sets cells genes"]) -> Float[Tensor, "parts size genes"]:
-        """Cut, and fill up with zeros."""
-        filled = functional.pad(x, (0, 0, 0, self.number * self.size - self.cells))
-        return filled.reshape(-1, self.size, x.shape[-1])
+        """Cut, and fill up with copies."""
+        places = torch.arange(self.number * self.size, device=x.device) % self.cells
+        return x[:, places].reshape(-1, self.size, x.shape[-1])
 
     def join(self, x: Float[Tensor, "parts size genes"]) -> Float[Tensor, "sets cells genes"]:
         """Undo ``cut``."""

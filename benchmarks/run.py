@@ -13,11 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import memory, scdfm
+from benchmarks import memory, perturbdiff, scdfm
 from benchmarks.measure import commit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {"scdfm": scdfm.main, "memory": memory.main}
+BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {
+    "scdfm": scdfm.main,
+    "perturbdiff": perturbdiff.main,
+    "memory": memory.main,
+}
 
 
 def measure(name: str, arguments: Sequence[str]) -> str:

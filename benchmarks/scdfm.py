@@ -272,7 +272,13 @@ def deviation(ours: Tensor, truth: Tensor) -> float:
 
 
 def compete(
-    size: Size, device: torch.device, *, tasks: Sequence[Task], repeats: int, compiled: bool
+    size: Size,
+    device: torch.device,
+    *,
+    tasks: Sequence[Task],
+    repeats: int,
+    compiled: bool,
+    only: Sequence[str] | None = None,
 ) -> tuple[dict[str, float], dict[Task, dict[str, list[Sample]]]]:
     """Check that both give the same numbers, then time them in turns."""
     literal, fast = LiteralContestant(size, device), KnockonContestant(size, device)
@@ -288,6 +294,7 @@ def compete(
         quick = KnockonContestant(size, device, compiled=True)
         quick.take(literal.network)
         runners |= {"knockon float32 compiled": (quick, "float32"), "knockon bf16 compiled": (quick, "bf16")}
+    runners = {k: v for k, v in runners.items() if only is None or k in ("literal float32", *only)}
     samples = {}
     for task in tasks:
         cells = draw(size, task, device)
@@ -346,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--formulations", nargs="+", help='such as "knockon bf16"; all without it')
     parser.add_argument("--points", type=int, help="grid points of a generation")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -354,7 +362,12 @@ def main(arguments: Sequence[str] | None = None) -> str:
     size = SIZES[sizes] if options.points is None else replace(SIZES[sizes], points=options.points)
     memory = memory_table(size, device, options.tasks, options.threads)
     found, samples = compete(
-        size, device, tasks=options.tasks, repeats=options.repeats, compiled=options.compile
+        size,
+        device,
+        tasks=options.tasks,
+        repeats=options.repeats,
+        compiled=options.compile,
+        only=options.formulations,
     )
     agreement = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
     text = "\n\n".join(

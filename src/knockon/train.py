@@ -315,7 +315,7 @@ def _optimizer(network: Model, training: Training) -> torch.optim.Optimizer:
             (free if plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": training.weight_decay}]
     groups += [{"params": free, "weight_decay": 0.0}] if free else []
-    return kind(groups, lr=training.lr, betas=training.betas)
+    return kind(groups, lr=training.lr, betas=training.betas, fused=True)
 
 
 @torch.no_grad()

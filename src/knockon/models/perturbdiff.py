@@ -113,9 +113,9 @@ class Config(Architecture, ModelConfig):
 def default() -> Recipe:
     """Return what is best for some hundred genes on two CPU cores, in minutes."""
     return Recipe(
-        model=Config(width=128, layers=4, heads=4, branch=64),
+        model=Config(width=128, layers=4, heads=4, branch=64, learn_controls=True),
         train=Training(
-            steps=2000, sets=8, cells=32, lr=1e-3, final_lr=1e-5, warmup=100, clip=1.0, ema=0.99,
+            steps=800, sets=8, cells=32, lr=1e-3, final_lr=1e-5, warmup=100, clip=1.0, ema=0.99,
             optimizer="adamw", weight_decay=0.01,
         ),
     )  # fmt: skip
@@ -161,7 +161,7 @@ def marginal() -> Recipe:
     """Return what learns the cells of screens without labels, to fine-tune from with ``--from``."""
     recipe = default()
     assert isinstance(recipe.model, Config)
-    model = replace(recipe.model, marginal=True, learn_controls=True, control_dropout=1.0, residual=False)
+    model = replace(recipe.model, marginal=True, control_dropout=1.0, residual=False)
     return replace(recipe, model=model)
 
 

@@ -155,12 +155,18 @@ def _predicted(
 
 def _joined(parts: Sequence[anndata.AnnData]) -> anndata.AnnData:
     """Cells of several predictions, numbered through; their control cells, each once."""
-    if len(parts) == 1:
-        return parts[0]
-    whole = anndata.concat(parts, merge="same")
+    pieces: list[anndata.AnnData] = []
+    made, seen = 0, set[str]()
+    for part in parts:
+        names = []
+        for name, is_control in zip(part.obs_names, part.obs["control"], strict=True):
+            names.append(name if is_control else f"predicted_{made}")
+            made += not is_control
+        new = [name not in seen for name in names]
+        piece = part[new].copy()
+        piece.obs_names = [name for name, is_new in zip(names, new, strict=True) if is_new]
+        pieces.append(piece)
+        seen |= set(names)
+    whole = anndata.concat(pieces, merge="same")
     whole.uns = dict(parts[0].uns)
-    is_control = whole.obs["control"].to_numpy()
-    names = whole.obs_names.to_numpy().copy()
-    names[~is_control] = [f"predicted_{i}" for i in range(int((~is_control).sum()))]
-    whole.obs_names = names.tolist()
-    return whole[~whole.obs_names.duplicated()].copy()
+    return whole

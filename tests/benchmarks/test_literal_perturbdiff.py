@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from benchmarks import perturbdiff
 from benchmarks.literal_perturbdiff import Given, LiteralPerturbDiff
 

@@ -18,7 +18,7 @@ from knockon.data.splits import Split
 from knockon.files import digest
 from knockon.model import Losses, Model, Recipe, Training
 from knockon.run import LOG, WEIGHTS, Run
-from knockon.train import Options, learning_rate, train
+from knockon.train import Options, decay, learning_rate, train
 from knockon.types import CellSets, UserError
 
 
@@ -67,6 +67,21 @@ def test_warm_up_rises_to_the_top() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_plateau_comes_before_a_cosine_that_does_not_fall_below_its_floor() -> None:
+    training = Training(steps=100, lr=1.0, final_lr=0.1, warmup=10, plateau=0.2, schedule="floored_cosine")
+    rates = [learning_rate(step, training) for step in range(100)]
+    assert rates[9:31] == [1.0] * 22
+    assert rates[65] == pytest.approx(0.5)
+    assert rates[99] == 0.1
+    assert learning_rate(50, dataclasses.replace(training, schedule="constant")) == 1.0
+
+
+def test_an_average_forgets_its_beginning() -> None:
+    ramped, copied = Training(ema=0.9), Training(ema=0.9, ema_every=5, ema_ramp=False)
+    assert [decay(step, ramped) for step in (0, 5, 1000)] == [0.1, 0.4, 0.9]
+    assert [decay(step, copied) for step in (0, 1, 5)] == [0.0, 1.0, 0.9]
 
 
 class Stop(Exception):

@@ -62,6 +62,19 @@ def test_cells_repeat_only_where_there_are_too_few(screen):
     assert min(drawn) < 15
 
 
+def test_copies_are_told_from_cells(screen):
+    """Every cell of a small condition comes once, and copies of them after it."""
+    assert sampler(screen, cells=5).batch(0).real is None
+    batch = sampler(screen, cells=64, sets=9).batch(0)
+    spec = screen.spec()
+    for cells, real, codes in zip(batch.target, batch.real, batch.condition.perturbation, strict=True):
+        rows = screen.rows[Label.of([spec.perturbations[code - 1] for code in codes if code])]
+        assert real.tolist() == [place < len(rows) for place in range(64)]
+        assert set(rows_of(cells[real].numpy(), screen)) == set(rows.tolist())
+        assert set(rows_of(cells[~real].numpy(), screen)) <= set(rows.tolist())
+    assert sampler(screen, cells=64, replace=True).batch(0).real is None
+
+
 def test_conditions_and_cells_are_drawn_evenly(screen):
     draws = sampler(screen, cells=2, sets=900, conditions=[Label.of(["A"]), Label.of(["B"])]).batch(0)
     share = (draws.condition.perturbation[:, 0] == 1).float().mean()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import memory, perturbdiff, scdfm
+from benchmarks import memory, perturbdiff, pretraining, scdfm
 from benchmarks.measure import commit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -21,6 +21,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {
     "scdfm": scdfm.main,
     "perturbdiff": perturbdiff.main,
     "memory": memory.main,
+    "pretraining": pretraining.main,
 }
 
 

@@ -129,9 +129,8 @@ def _predicted(
     """Cells of the test conditions, from the file where an earlier comparison wrote them."""
     lacking = unknown(run.model, run.split.test)
     if lacking:
-        log.warning(
-            "%s answers for %d of %d conditions", comparison.fallback, len(lacking), len(run.split.test)
-        )
+        told = (run.record.model, comparison.fallback, len(lacking), len(run.split.test))
+        log.warning("%s has no basis: %s answers for %d of %d conditions", *told)
     by = digest(fallback.folder / RECORD) if lacking and fallback else ""
     marks = {"run": digest(run.folder / RECORD), "cells": comparison.cells, "fallback": by}
     if path.exists():

@@ -29,7 +29,7 @@ CONDITION = Condition(
 def build(preset=perturbdiff.small, spec=SPEC, *, lively: bool = True, **changes) -> PerturbDiff:
     """Gates that begin at zero are opened, unless what matters is the beginning."""
     torch.manual_seed(0)
-    sizes = {"width": 16, "layers": 2, "heads": 2, "branch": 4, "set_size": 8}
+    sizes = {"width": 16, "layers": 2, "heads": 2, "branch": 4, "set_size": 8, "anchored": False}
     model = replace(preset().model, **sizes | changes).build(spec)
     if lively:
         for parameter in model.parameters():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from knockon.nn.counts import ABOVE, STEP, Dispersion, whole_counts
+from knockon.nn.counts import ABOVE, STEP, Dispersion, single_counts, whole_counts
 from knockon.types import Noise
 
 GENES = 40
@@ -134,7 +134,8 @@ def test_whole_counts_keep_their_expectation(rng):
     control = torch.log1p(torch.tensor([[1.0, 0, 3]] * 3) / depth[:, None])[None]
     values = torch.log1p(torch.tensor([[0.3, 0.9, 2.5]] * 3) / depth[:, None])[None]
     many = 20_000
-    drawn = whole_counts(values.repeat(many, 1, 1), control.repeat(many, 1, 1), torch.ones(()), Noise(rng))
+    ones = single_counts(control, torch.ones(())).repeat(many, 1, 1)
+    drawn = whole_counts(values.repeat(many, 1, 1), ones, Noise(rng))
     counts = drawn.expm1() * depth[:, None]
     assert torch.allclose(counts.mean(0), values.expm1()[0] * depth[:, None], atol=0.02)
     low = counts[..., :2]
@@ -144,5 +145,6 @@ def test_whole_counts_keep_their_expectation(rng):
 
 def test_an_empty_control_cell_has_counts_of_a_typical_cell(rng):
     one = torch.tensor(0.4)
-    drawn = whole_counts(torch.full((1, 500, 4), 0.2), torch.zeros(1, 500, 4), one, Noise(rng))
+    assert (single_counts(torch.zeros(1, 5, 4), one) == one).all()
+    drawn = whole_counts(torch.full((1, 500, 4), 0.2), one, Noise(rng))
     assert set(drawn.unique().tolist()) == {0.0, one.item()}

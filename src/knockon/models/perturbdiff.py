@@ -19,9 +19,10 @@ from knockon.data.graph import one_count
 from knockon.dynamics import diffusion
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
+from knockon.models import additive
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
-from knockon.nn.counts import whole_counts
+from knockon.nn.counts import single_counts, whole_counts
 from knockon.nn.joint import Architecture, JointTransformer, Parts, Real
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
@@ -45,6 +46,9 @@ class Config(Architecture, ModelConfig):
     residual: bool = True
     """The network adds to the control cell beside each cell, so that it begins at no effect (not in the
     paper)."""
+    anchored: bool = True
+    """With ``residual``, control cells are first moved by the sum of the single effects of the condition, as
+    the additive baseline does, where the network then begins (not in the paper)."""
     scale: float = 10.0
     """log1p values are divided by it."""
     steps: int = 1000
@@ -136,6 +140,7 @@ def paper() -> Recipe:
             branch=128,
             condition_through_genes=True,
             residual=False,
+            anchored=False,
             self_conditioning=0.5,
             condition_dropout=0.5,
             control_dropout=0.0,
@@ -202,8 +207,11 @@ class PerturbDiff(Model):
         nn.init.zeros_(self.condition.bias)
         self.hidden = nn.Parameter(torch.randn(config.width))
         self.network = JointTransformer(len(spec.genes), config)
+        self.anchor = None
         if config.residual:
             nn.init.zeros_(self.network.head.weight)
+            if config.anchored:
+                self.anchor = additive.Config(missing="mean", exact=False).build(spec)
         self.register_buffer("bars", diffusion.alpha_bars(config.schedule, config.steps), persistent=False)
         self.register_buffer("one_count", torch.ones(()))
 
@@ -211,6 +219,8 @@ class PerturbDiff(Model):
         """Note which perturbations and contexts training will have seen, and the value of a count."""
         learned = train.labels if self.learns_controls else train.conditions
         self.conditions.fit(self.spec.encode(learned))
+        if self.anchor is not None:
+            self.anchor.fit_statistics(train)
         self.one_count.fill_(one_count(train.matrix, np.concatenate(list(train.rows.values()))))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
@@ -236,7 +246,8 @@ class PerturbDiff(Model):
     def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
         """Estimate each set from its noised self at a random step."""
         batch = self._trim(batch)
-        clean, control = batch.target / self.config.scale, batch.control / self.config.scale
+        clean = batch.target / self.config.scale
+        control = self.beside(batch.control, batch.condition, Noise(rng))
         steps = torch.randint(self.config.steps, (len(clean),), generator=rng, device=clean.device)
         noise = torch.randn(clean.shape, generator=rng, device=clean.device, dtype=clean.dtype)
         hidden = self._hide(len(clean), rng)
@@ -262,6 +273,15 @@ class PerturbDiff(Model):
             energy = energy_distance(clean, estimate, unbiased=unbiased, real=mask, floor=floor).mean() / 2
         total = self.config.mse * mse + self.config.energy * energy
         return {"total": total, "mse": mse, "energy": energy}
+
+    @torch.no_grad()
+    def beside(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Control cells as they stand beside cells: moved by single effects, in the network's scale."""
+        if self.anchor is not None:
+            control = self.anchor.sample(control, condition, noise)
+        return control / self.config.scale
 
     def encode(self, condition: Condition) -> Float[Tensor, "sets 1 dim"]:
         """Encode conditions; one vector for all cells of a set."""
@@ -315,7 +335,9 @@ class PerturbDiff(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Denoise sets of ``set_size`` cells, which are parts of the sets that are asked for."""
         parts = Parts.of(control.shape[1], self.config.set_size)
-        shown = torch.zeros_like(control) if self.config.control_dropout == 1 else control / self.config.scale
+        shown = self.beside(control, condition, noise)
+        if self.config.control_dropout == 1:
+            shown = torch.zeros_like(shown)
 
         def fresh() -> Tensor:
             return parts.cut(noise.normal(control))
@@ -324,7 +346,9 @@ class PerturbDiff(Model):
         real = parts.real(len(control), control.device) if self.config.masked else None
         *_, (made, _) = self.chain(fresh(), parts.cut(shown), encoded, fresh, real)
         made = parts.join(made) * self.config.scale
-        return whole_counts(made, control, self.one_count, noise) if self.config.whole_counts else made
+        if not self.config.whole_counts:
+            return made
+        return whole_counts(made, single_counts(control, self.one_count), noise)
 
     def chain(
         self,

@@ -19,6 +19,7 @@ from knockon.dynamics import discrepancy, flow, solve
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
 from knockon.models import additive
 from knockon.models._released_scdfm import from_released
+from knockon.nn.counts import whole_counts
 from knockon.nn.pad import Architecture, Known, PADTransformer
 from knockon.types import CellSets, Condition, Noise, Spec
 
@@ -62,8 +63,8 @@ class Config(Architecture, ModelConfig):
     """Times from 0 to 1, both included, between which steps are taken."""
     dropout_in_generation: bool = False
     """Dropout while cells are generated, as in the released program."""
-    snap_zeros: bool = True
-    """Values below half a count in a typical cell become zero (not in the paper)."""
+    whole_counts: bool = True
+    """Values below a single count in a typical cell become none or one, at random (not in the paper)."""
     skip_constant: bool = True
     """Genes with the same value in all training cells are neither trained nor generated, but kept at it."""
     chunk: int = 65_536
@@ -117,7 +118,7 @@ def paper() -> Recipe:
             solver="rk4_38",
             points=20,
             dropout_in_generation=True,
-            snap_zeros=False,
+            whole_counts=False,
             skip_constant=False,
         ),
         train=Training(steps=200_000, sets=1, cells=48, with_replacement=True, lr=5e-5, final_lr=1e-6),
@@ -140,8 +141,8 @@ class SCDFM(Model):
     trained: Bool[Tensor, "codes"]
     source_moments: Float[Tensor, "mean_and_std genes"]
     data_moments: Float[Tensor, "mean_and_std genes"]
-    half_count: Float[Tensor, ""]
-    """``log1p`` of half a normalized count of a typical training cell."""
+    one_count: Float[Tensor, ""]
+    """Value of a single count in a typical training cell, log1p."""
     generated: Int[Tensor, "generated"]
 
     def __init__(self, config: Config, spec: Spec) -> None:
@@ -152,7 +153,7 @@ class SCDFM(Model):
         self.register_buffer("trained", torch.zeros(len(spec.perturbations) + 1, dtype=torch.bool))
         self.register_buffer("source_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
         self.register_buffer("data_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
-        self.register_buffer("half_count", torch.zeros(()))
+        self.register_buffer("one_count", torch.ones(()))
         self.register_buffer("generated", torch.arange(genes))
         self.anchor = None
         if config.gaussian_base and config.anchored_base:
@@ -165,7 +166,7 @@ class SCDFM(Model):
         controls = np.concatenate([train.rows[label] for label in train.controls])
         treated = np.concatenate([train.rows[label] for label in train.conditions])
         every = np.concatenate([controls, treated])
-        self.half_count.fill_(np.log1p(np.expm1(graph.one_count(matrix, every)) / 2))
+        self.one_count.fill_(graph.one_count(matrix, every))
         self.data_moments.copy_(_moments(matrix, treated))
         if config.source == "poisson":
             self.source_moments.copy_(_moments(matrix, controls))
@@ -244,7 +245,7 @@ class SCDFM(Model):
         """Mean of the Gaussian that paths are expected to end in."""
         if self.anchor is None:
             return self.data_moments[0].expand(len(condition), -1)
-        with torch.autocast(self.half_count.device.type, enabled=False):
+        with torch.autocast(self.one_count.device.type, enabled=False):
             return self.anchor.mean(condition)
 
     def start(
@@ -276,7 +277,10 @@ class SCDFM(Model):
             known = self.network.know(g, shown[rows], p[rows], rng)
             parts.append(self._follow(genes, Start(starts[rows], mean[rows], known), times, rng))
         whole = self.data_moments[0].to(control.dtype).expand(control.shape).clone()
-        whole[..., genes] = self._finish(torch.cat(parts)).unflatten(0, control.shape[:2])
+        made = torch.cat(parts).clamp_min(0).unflatten(0, control.shape[:2])
+        if self.config.whole_counts:
+            made = whole_counts(made, self.one_count, noise)
+        whole[..., genes] = made
         return whole
 
     def _follow(
@@ -292,12 +296,6 @@ class SCDFM(Model):
             return self.velocity(genes, x, t.expand(len(x)), start.known, rng, mean=start.mean)
 
         return solve.integrate(field, start.x, times, self.config.solver)
-
-    def _finish(self, x: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells genes"]:
-        """Turn states into values that an expression can have."""
-        if self.config.snap_zeros:
-            x = torch.where(x < self.half_count, 0, x)
-        return x.clamp_min(0)
 
 
 class Start(NamedTuple):

@@ -20,31 +20,29 @@ ABOVE = 16
 """Grid points over factor 1. A gene is scaled up by exp(2) at most; what is missing is switched on."""
 
 
+def single_counts(
+    cells: Float[Tensor, "sets cells genes"], typical: Float[Tensor, ""]
+) -> Float[Tensor, "sets cells 1"]:
+    """Value of a single count in each cell, its smallest value above 0; ``typical`` where it is empty."""
+    least = torch.where(cells > 0, cells, torch.inf).amin(-1, keepdim=True)
+    return torch.where(least.isinf(), typical.to(least.dtype), least)
+
+
 def whole_counts(
-    values: Float[Tensor, "sets cells genes"],
-    control: Float[Tensor, "sets cells genes"],
-    one_count: Float[Tensor, ""],
-    noise: Noise,
+    values: Float[Tensor, "sets cells genes"], one_count: Float[Tensor, "*cells"], noise: Noise
 ) -> Float[Tensor, "sets cells genes"]:
     """Round values below a single count, at random, to none or one, so that their expectation stays.
-
-    A cell has as many counts in all as the control cell beside it, whose smallest value above 0 is a
-    single count.
 
     Parameters
     ----------
     values
         Predicted, log1p, not negative.
-    control
-        Control cells, log1p.
     one_count
-        Serves where a control cell is empty, log1p.
+        Value of a single count, log1p, of all cells or of each.
     """
-    own = torch.where(control > 0, control, torch.inf).amin(-1, keepdim=True)
-    own = torch.where(own.isinf(), one_count.to(own.dtype), own)
-    chance = values.expm1() / own.expm1()
-    rounded = torch.where(noise.uniform(values) < chance, own, 0)
-    return torch.where(values < own, rounded, values)
+    one_count = one_count.to(values.dtype)
+    drawn = noise.uniform(values) < values.expm1() / one_count.expm1()
+    return torch.where(values < one_count, drawn * one_count, values)
 
 
 class Dispersion(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.literal_perturbdiff import STEPS, Given, LiteralPerturbDiff
 from benchmarks.measure import Sample, in_turns, machine, ratio, table
 from knockon.models import perturbdiff
-from knockon.models.perturbdiff import PerturbDiff, hide
+from knockon.models.perturbdiff import PerturbDiff
+from knockon.nn.joint import hide
 from knockon.types import Condition, Covariate, Spec
 
 TOLERANCE = 1e-5

@@ -26,7 +26,6 @@ from knockon.evaluate import suites
 from knockon.evaluate.pairs import Pairs, Truth
 from knockon.model import Recipe
 from knockon.models import perturbdiff
-from knockon.train import Options
 
 METRICS = ("mse", "pearson_delta", "energy_distance", "variance_corr", "zero_fraction_error")
 SHARE = 10
@@ -77,7 +76,7 @@ def run(seed: int, steps: int, folder: Path) -> Mapping[str, Mapping[str, float]
     }
     found = {}
     for i, (name, (asked, start)) in enumerate(ways.items()):
-        trained = ko.train(asked, screen, split, out=folder / str(i), options=Options(start=start))
+        trained = ko.train(asked, screen, split, out=folder / str(i), start=start)
         cells = trained.predict("test", cells=128)
         scores = suites.score(Pairs.align(cells, truth), "core")
         found[name] = scores.groupby("metric")["value"].mean().to_dict()

@@ -14,7 +14,6 @@ from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
 from knockon.model import Recipe
 from knockon.run import Run
-from knockon.train import Options
 from knockon.types import UserError
 
 
@@ -43,7 +42,7 @@ def begin(adata: anndata.AnnData, pretrained: Run, out: Path, **changes: object)
         screen,
         splits.additive(screen),
         out=out,
-        options=Options(start=pretrained.folder),
+        start=pretrained.folder,
     )
 
 
@@ -98,7 +97,7 @@ def test_what_cannot_be_begun_with_is_refused(
         ("additive", pretrained.folder, "a finished run of additive"),
     ):
         with pytest.raises(UserError, match=message):
-            ko.train(model, screen, splits.additive(screen), out=tmp_path / "x", options=Options(start=start))
+            ko.train(model, screen, splits.additive(screen), out=tmp_path / "x", start=start)
         assert not (tmp_path / "x").exists()
 
 
@@ -112,3 +111,31 @@ def test_unlabelled_cells_need_a_model_that_learns_from_them(adata: anndata.AnnD
 def test_a_marginal_model_predicts_cells_whatever_was_done(pretrained: Run) -> None:
     cells = pretrained.predict(list(pretrained.screen.controls), cells=5)
     assert cells.n_obs > 5
+
+
+def test_a_model_without_names_needs_the_same_genes(adata: anndata.AnnData, tmp_path: Path) -> None:
+    recipe = models.recipe("latent_additive", "small")
+    recipe = replace(recipe, train=replace(recipe.train, steps=1))
+    screen, turned = Screen.from_anndata(adata), Screen.from_anndata(adata[:, ::-1].copy())
+    ko.train(recipe, screen, splits.additive(screen), out=tmp_path / "a")
+    ko.train(recipe, screen, splits.additive(screen), out=tmp_path / "b", start=tmp_path / "a")
+    with pytest.raises(UserError, match="other genes"):
+        ko.train(recipe, turned, splits.additive(turned), out=tmp_path / "c", start=tmp_path / "a")
+
+
+def test_a_leak_through_pretraining_is_said(
+    adata: anndata.AnnData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cells of the held-out conditions were in the file that was pretrained on."""
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    recipe = models.recipe("perturbdiff", "small")
+    recipe = replace(recipe, train=replace(recipe.train, steps=1))
+    screen = Screen.read(tmp_path / "screen.h5ad")
+    ko.train(recipe, screen, "none", out=tmp_path / "all")
+    ko.train(recipe, screen, "additive", out=tmp_path / "some")
+    with caplog.at_level("INFO", logger="knockon"):
+        ko.train(recipe, screen, "additive", out=tmp_path / "b", start=tmp_path / "some")
+    assert "Leak" not in caplog.text
+    with caplog.at_level("INFO", logger="knockon"):
+        ko.train(recipe, screen, "additive", out=tmp_path / "c", start=tmp_path / "all")
+    assert "Leak: the earlier run" in caplog.text

@@ -95,8 +95,8 @@ class Split(Command):
 
     data: Data
     """A screen: .h5ad or .zarr."""
-    kind: Literal["additive", "combinations15", "unseen", "context", "random"] = "additive"
-    """Doubles of measured singles; the first 15 of them with their singles; genes; contexts; any."""
+    kind: Literal["additive", "combinations15", "unseen", "context", "random", "none"] = "additive"
+    """Doubles of measured singles; the first 15 of them with their singles; genes; contexts; any; nothing."""
     out: Path
     """The .json to write."""
     seed: int = 42
@@ -136,6 +136,8 @@ class Train(Command):
     """What the model is; its preset without options."""
     train: Training
     """How it is trained; its preset without options."""
+    start: Annotated[Path | None, arg(name="from")] = None
+    """Run folder whose weights training begins with, of the same model; what has another name is new."""
     options: Annotated[Options, Flat] = Options()
     columns: Annotated[Columns, Flat] = Columns()
 
@@ -162,7 +164,7 @@ class Train(Command):
         screen = _read(self.data, self.columns)
         split = splits.make(self.split, screen)
         recipe = Recipe(model=self.model, train=self.train)
-        run = train(recipe, screen, split, out=self.out, options=self.options)
+        run = train(recipe, screen, split, out=self.out, options=self.options, start=self.start)
         _print(f"{self.out}: {self.name} after {run.record.steps} steps in {run.record.seconds:.0f} s")
 
 

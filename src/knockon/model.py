@@ -49,7 +49,8 @@ class Model(nn.Module, ABC):
         """Names along the dimensions of parameters that belong to genes, perturbations or levels.
 
         For each such parameter, one sequence for each dimension, or None where entries have no names.
-        Training that begins with another run's weights keeps the entries of the same name.
+        Training that begins with another run's weights keeps the entries of the same name. Without names, it
+        can only begin with a run on the same genes, perturbations and contexts.
         """
         return {}
 

@@ -117,7 +117,7 @@ def draw(
     noise = Noise(*(torch.Generator(device).manual_seed(int(r.integers(2**62))) for r in randoms))
     condition = model.spec.encode(labels).to(device)
     made = []
-    for chunk in np.split(rows, range(CHUNK, cells, CHUNK), axis=1):
+    for chunk in np.array_split(rows, -(-cells // CHUNK), axis=1):
         control = torch.from_numpy(screen.gather(chunk.ravel())).to(device).unflatten(0, chunk.shape)
         made.append(model.sample(control, condition, noise).float())
     return list(zip(torch.cat(made, dim=1), rows, strict=True))

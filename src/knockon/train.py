@@ -8,13 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
-from tyro.conf import arg
 
 from knockon import models, transfer
 from knockon.checkpoint import CHECKPOINT, Journal, State
@@ -53,11 +51,9 @@ class Options:
     """Log to ``tensorboard/`` in the run folder as well."""
     quiet: bool = True
     """Show no progress bar."""
-    start: Annotated[Path | None, arg(name="from")] = None
-    """Run folder whose weights training begins with, of the same model; what has another name is new."""
 
 
-def train(
+def train(  # noqa: PLR0913 - each is one independent choice
     model: str | ModelConfig | Recipe,
     screen: Screen,
     split: Split | str = "additive",
@@ -65,6 +61,7 @@ def train(
     out: str | Path,
     options: Options = Options(),
     wanted: Sequence[Label] = (),
+    start: str | Path | None = None,
 ) -> Run:
     """Train a model and write its run folder; continue where an earlier run of the same stopped.
 
@@ -80,6 +77,8 @@ def train(
         The run folder. A finished run of the same is loaded and not trained again.
     wanted
         Conditions that the model must be able to predict.
+    start
+        Run folder whose weights training begins with, of the same model; what has another name is new.
 
     Raises
     ------
@@ -92,6 +91,10 @@ def train(
     recipe = _recipe(model)
     split = split if isinstance(split, Split) else splits.make(split, screen)
     network, prepared, record = _set_up(recipe, screen, split, options)
+    if start is not None:
+        for note in transfer.adopt(network, Path(start), record, split):
+            log.info(note)
+        record = dataclasses.replace(record, begun=digest(Path(start) / RECORD))
     refuse_unknown(network, wanted)
     if (folder / RECORD).exists():
         earlier = Record.read(folder)
@@ -174,9 +177,6 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
             mend="for unlabelled cells, --preset marginal of perturbdiff",
         )
     network.fit_statistics(prepared.select((*learned, *screen.controls)))
-    if options.start is not None:
-        for note in transfer.adopt(network, options.start, _name(recipe.model)):
-            log.info(note)
     record = Record(
         model=_name(recipe.model),
         config=recipe.model,
@@ -186,7 +186,6 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
         screen=screen.digest,
         preparation=preparation,
         vectors="" if options.vectors is None else digest(options.vectors),
-        begun="" if options.start is None else digest(options.start / RECORD),
         versions=versions(),
         device=resolve_device(options.device),
     )

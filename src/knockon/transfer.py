@@ -1,20 +1,23 @@
 """Training that begins with the weights of another run, on other genes and perturbations."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from knockon.data.splits import Split
+from knockon.files import read_json
 from knockon.model import Model, load_weights
-from knockon.run import RECORD, WEIGHTS, Record, read_spec, refuse_edited
-from knockon.types import UserError
+from knockon.run import RECORD, SPLIT, WEIGHTS, Record, read_spec, refuse_edited
+from knockon.types import Spec, UserError
 
 Names = tuple[Sequence[str] | None, ...]
 
 
 @torch.no_grad()
-def adopt(model: Model, folder: Path, name: str) -> list[str]:
+def adopt(model: Model, folder: Path, record: Record, split: Split) -> list[str]:
     """Take over the weights of a run, entry by entry where entries have names (``Model.entries``).
 
     Parameters
@@ -22,33 +25,39 @@ def adopt(model: Model, folder: Path, name: str) -> list[str]:
     model
         Freshly built; what finds no counterpart stays as it was initialized.
     folder
-        The run.
-    name
-        Of the model.
+        The earlier run.
+    record, split
+        Of the run that begins.
 
     Returns
     -------
     list
-        What was kept and what is new, in sentences.
+        What was kept, what is new and what to beware of, in sentences.
 
     Raises
     ------
     UserError
-        If the folder holds no finished run of this model.
+        If the folder holds no finished run of this model, or its weights cannot be told apart by name.
     """
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} is no run folder", expected="one that knockon train wrote")
-    record = Record.read(folder)
-    if record.model != name or not record.finished:
+    earlier = Record.read(folder)
+    if earlier.model != record.model or not earlier.finished:
         raise UserError(
-            f"{folder} holds {'a' if record.finished else 'an unfinished'} run of {record.model}",
-            expected=f"a finished run of {name}",
+            f"{folder} holds {'a' if earlier.finished else 'an unfinished'} run of {earlier.model}",
+            expected=f"a finished run of {record.model}",
         )
-    refuse_edited(record, folder)
+    refuse_edited(earlier, folder)
+    spec = read_spec(folder)
     with torch.random.fork_rng(devices=[]):
-        earlier = record.config.build(read_spec(folder))
-    load_weights(earlier, folder / WEIGHTS)
-    old, named = dict(earlier.named_parameters()), (earlier.entries(), model.entries())
+        source = earlier.config.build(spec)
+    load_weights(source, folder / WEIGHTS)
+    old, named = dict(source.named_parameters()), (source.entries(), model.entries())
+    if not all(named) and _names(spec) != _names(model.spec):
+        raise UserError(
+            f"{record.model} cannot begin with a run on other genes, perturbations or contexts",
+            expected="the same in both",
+        )
     kept, partly, new = 0, [], []
     for key, parameter in model.named_parameters():
         known = None
@@ -68,6 +77,35 @@ def adopt(model: Model, folder: Path, name: str) -> list[str]:
         f"{kept} tensors were kept whole from {folder}",
         f"kept in part: {_first(partly)}",
         f"initialized anew: {_first(new)}",
+        *_different(earlier, record),
+        *_leaks(earlier, read_json(folder / SPLIT), record, split),
+    ]
+
+
+def _names(spec: Spec) -> tuple[object, ...]:
+    return spec.genes, spec.perturbations, spec.covariates
+
+
+def _different(earlier: Record, record: Record) -> list[str]:
+    """Say which options of the model are others than in the earlier run."""
+    before, now = dataclasses.asdict(earlier.config), dataclasses.asdict(record.config)
+    found = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+    return [f"other options than in {earlier.model} before: {', '.join(found)}"] if found else []
+
+
+def _leaks(earlier: Record, before: Mapping[str, object], record: Record, split: Split) -> list[str]:
+    """Warn where the earlier run can have seen cells that are held out now."""
+    if not record.source or Path(earlier.source).name != Path(record.source).name or not split.test:
+        return []
+    trained = before["train"]
+    assert isinstance(trained, list)
+    known = {entry["perturbation"] if isinstance(entry, dict) else entry for entry in trained}
+    seen = [label for label in split.test if label.perturbation in known]
+    if not seen and not earlier.columns.unlabelled:
+        return []
+    return [
+        f"Leak: the earlier run read {earlier.source}, with cells of the conditions that are held out now;"
+        " scores on them say nothing"
     ]
 
 

@@ -220,7 +220,7 @@ class Spec:
         Scale of the values, and the sum that the counts of a cell were normalized to before
         ``log1p`` (None for counts, or where the file does not tell).
     dose_unit
-        Unit of all doses, such as ``"uM"``; None where the screen has none.
+        Unit of all doses, such as ``"uM"``, empty where the file does not tell; None where it has no doses.
     vectors
         Fixed vector of each perturbation, such as a gene embedding or a fingerprint. With it, an
         unseen perturbation can be predicted.

@@ -7,10 +7,10 @@ from torch import nn
 
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.models import perturbdiff
-from knockon.models.perturbdiff import PerturbDiff, hide
+from knockon.models.perturbdiff import PerturbDiff
 from knockon.nn.conditions import Level
-from knockon.nn.joint import Parts
-from knockon.types import CellSets, Condition, Covariate, Noise, Spec, UserError
+from knockon.nn.joint import Parts, hide
+from knockon.types import CellSets, Condition, Covariate, Label, Noise, Spec, UserError
 
 GENES = 12
 SPEC = Spec(
@@ -217,9 +217,32 @@ def test_guidance_needs_what_it_guides_away_from(cells):
     torch.testing.assert_close(sample(build(guidance=0.0), cells[1]), near, rtol=1e-3, atol=1e-3)
 
 
-def test_more_steps_than_there_are():
-    with pytest.raises(UserError, match="51 of 50 steps"):
-        build(visited=51)
+@pytest.mark.parametrize(
+    "changes",
+    [{"visited": 51}, {"heads": 3}, {"eta": 2.0}, {"guidance": 1.0, "condition_dropout": 0.0}],
+    ids=str,
+)
+def test_options_that_contradict_each_other(changes):
+    with pytest.raises(UserError, match="do not fit together"):
+        build(**changes)
+
+
+def test_control_cells_are_moved_where_there_are_combinations(rng, make_screen):
+    """The untrained model is then the additive baseline, and no effect elsewhere."""
+    cells = {
+        name: torch.rand(40, GENES, generator=rng).numpy() + shift
+        for name, shift in (("", 1.0), ("a", 2.0), ("b", 1.5), ("a+b", 3.0))
+    }
+    labelled = {Label.of([n for n in name.split("+") if n]): values for name, values in cells.items()}
+    spec = Spec(genes=SPEC.genes, perturbations=("a", "b"), slots=2)
+    pair = spec.encode([Label.of(["a", "b"])])
+    control = torch.from_numpy(cells[""])[None]
+    for held, expected in ((), 2.5), ((Label.of(["a", "b"]),), 1.0):
+        model = build(spec=spec, lively=False, anchored=True, cutoff=0.0)
+        model.fit_statistics(make_screen({k: v for k, v in labelled.items() if k not in held}, SPEC.genes))
+        with torch.no_grad():
+            drawn = model.sample(control, pair, Noise(rng))
+        assert drawn.mean().item() - 0.5 == pytest.approx(expected, abs=0.1)
 
 
 def test_an_untrained_level_is_the_mean_of_the_others():

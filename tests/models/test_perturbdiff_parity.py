@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from knockon.dynamics import diffusion
 from knockon.models import perturbdiff
-from knockon.models.perturbdiff import Hidden, PerturbDiff, hide
+from knockon.models.perturbdiff import PerturbDiff
+from knockon.nn.joint import Hidden, hide
 from knockon.train import decay, learning_rate
 from knockon.types import Condition, Covariate, Spec
 

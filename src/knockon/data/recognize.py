@@ -64,6 +64,13 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
     notes: list[str] = []
     genes = frozenset(genes)
     if columns.unlabelled:
+        if columns.perturbation_key or columns.control or columns.dose_key:
+            raise UserError(
+                "--unlabelled with a column that says what was done",
+                expected="one or the other",
+                mend="leave out --unlabelled, or --perturbation-key, --control and --dose-key",
+            )
+        notes.append(f"all {len(obs):,} cells are taken for control cells (--unlabelled)")
         texts, controls, doses = [CONTROL], frozenset({CONTROL}), [""]
         text_codes = dose_codes = np.zeros(len(obs), dtype=np.int64)
     else:
@@ -86,6 +93,7 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
         label_of(parsed[pair][0], [c.levels[i] for c, i in zip(covariates, levels, strict=True)])
         for pair, *levels in rows
     ]
+    dosed = any(dose for label in found for dose in label.doses)
     labels = tuple(sorted(set(found), key=lambda label: (not label.is_control, label)))
     place = {label: i for i, label in enumerate(labels)}
     return Design(
@@ -93,7 +101,7 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
         codes=np.array([place[label] for label in found], dtype=np.int64)[codes],
         covariates=covariates,
         spellings=_spellings(parts for parts, _ in parsed),
-        dose_unit=_one_unit({unit for _, units in parsed for unit in units}),
+        dose_unit=_one_unit({unit for _, units in parsed for unit in units}) or ("" if dosed else None),
         notes=tuple(notes),
     )
 

@@ -82,7 +82,7 @@ def read(path: str | Path, screen: Screen) -> Split:
             expected='a JSON object such as {"test": ["A+B", "C"]}',
         )
     _same_screen(str(value.get("digest", "")), screen)
-    if value.get("kind") == "none":
+    if value.get("kind") == "none" and not value["test"]:
         return everything(screen)
     parts = {part: _resolve(value[part], screen, path) for part in get_args(Part) if part in value}
     _refuse_overlap(parts)

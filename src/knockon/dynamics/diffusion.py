@@ -24,13 +24,13 @@ Span = Literal["strided", "truncated"]
 def betas(kind: Kind, steps: int) -> Float[Tensor, "steps"]:
     """Share of the variance that each step replaces by noise, in float64.
 
-    ``linear`` rises from 1e-4 to 0.02 for 1,000 steps, and inversely to their number [ho2020]. ``cosine``
-    has ``alpha_bar = cos^2``, limited to 0.999 a step [nichol2021, eq. 17]; ``power_cosine`` is its 0.3rd
-    power.
+    ``linear`` rises from 1e-4 to 0.02 for 1,000 steps, and inversely to their number [ho2020].
+    ``cosine`` has ``alpha_bar = cos^2`` [nichol2021, eq. 17]; ``power_cosine`` is its 0.3rd power. None is
+    above 0.999.
     """
     if kind == "linear":
         scale = 1000 / steps
-        return torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)
+        return torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64).clamp_max(0.999)
     angle = (torch.linspace(0, 1, steps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2
     kept = angle.cos().square() ** (0.3 if kind == "power_cosine" else 1.0)
     return (1 - kept[1:] / kept[:-1]).clamp_max(0.999)

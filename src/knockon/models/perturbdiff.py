@@ -7,7 +7,7 @@ small squared error. See docs/models/perturbdiff.md.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from knockon.models import additive
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
 from knockon.nn.counts import single_counts, whole_counts
-from knockon.nn.joint import Architecture, JointTransformer, Parts, Real
+from knockon.nn.joint import Architecture, Hidden, JointTransformer, Parts, Real, hide
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
 __all__ = ["Config", "PerturbDiff", "default", "from_released", "paper", "small"]
@@ -47,8 +47,8 @@ class Config(Architecture, ModelConfig):
     """The network adds to the control cell beside each cell, so that it begins at no effect (not in the
     paper)."""
     anchored: bool = True
-    """With ``residual``, control cells are first moved by the sum of the single effects of the condition, as
-    the additive baseline does, where the network then begins (not in the paper)."""
+    """With ``residual``, and where training has combinations, control cells are first moved by the sum of
+    single effects, as the additive baseline does; the network then begins there (not in the paper)."""
     scale: float = 10.0
     """log1p values are divided by it."""
     steps: int = 1000
@@ -103,14 +103,16 @@ class Config(Architecture, ModelConfig):
         Raises
         ------
         UserError
-            If generation would visit more steps than there are.
+            If options contradict each other.
         """
-        if not 0 < self.visited <= self.steps:
-            raise UserError(
-                f"Generation visits {self.visited} of {self.steps} steps",
-                expected="at least one, and no more than there are",
-                mend="set --model.visited",
-            )
+        for wrong, expected in (
+            (not 0 < self.visited <= self.steps, f"visited between 1 and steps ({self.steps})"),
+            (self.width % self.heads > 0, f"width ({self.width}) to be a multiple of heads ({self.heads})"),
+            (not 0 <= self.eta <= 1, "eta between 0 and 1"),
+            (self.guidance != 0 and not self.condition_dropout, "condition_dropout above 0 for guidance"),
+        ):
+            if wrong:
+                raise UserError("Options of perturbdiff that do not fit together", expected=expected)
         return PerturbDiff(self, spec)
 
 
@@ -132,18 +134,11 @@ def paper() -> Recipe:
     """
     return Recipe(
         model=Config(
-            width=512,
-            layers=8,
-            heads=8,
-            join="features",
             maps_see_attention=False,
-            branch=128,
             condition_through_genes=True,
             residual=False,
             anchored=False,
-            self_conditioning=0.5,
             condition_dropout=0.5,
-            control_dropout=0.0,
             dropout_per="batch",
             unbiased_energy=False,
             masked=False,
@@ -178,15 +173,6 @@ def small() -> Recipe:
     )
 
 
-class Hidden(NamedTuple):
-    """What training hides or shows, for each set."""
-
-    condition: Bool[Tensor, "sets"]
-    control: Bool[Tensor, "sets"]
-    shown: Int[Tensor, "shown"]
-    """Sets that are shown an earlier estimate."""
-
-
 class PerturbDiff(Model):
     """Diffusion whose datum is a set: the cells of a set depend on each other, sets never do."""
 
@@ -194,6 +180,8 @@ class PerturbDiff(Model):
 
     bars: Float[Tensor, "steps_and_one"]
     """Share of signal at each step; the last entry stands for clean data."""
+    combines: Bool[Tensor, ""]
+    """Whether a training condition has several perturbations."""
     one_count: Float[Tensor, ""]
     """Value of a single count in a typical training cell, log1p."""
 
@@ -210,9 +198,10 @@ class PerturbDiff(Model):
         self.anchor = None
         if config.residual:
             nn.init.zeros_(self.network.head.weight)
-            if config.anchored:
+            if config.anchored and not config.marginal:
                 self.anchor = additive.Config(missing="mean", exact=False).build(spec)
         self.register_buffer("bars", diffusion.alpha_bars(config.schedule, config.steps), persistent=False)
+        self.register_buffer("combines", torch.tensor(data=False))
         self.register_buffer("one_count", torch.ones(()))
 
     def fit_statistics(self, train: "Screen") -> None:
@@ -221,6 +210,7 @@ class PerturbDiff(Model):
         self.conditions.fit(self.spec.encode(learned))
         if self.anchor is not None:
             self.anchor.fit_statistics(train)
+            self.combines.fill_(any(len(label.perturbations) > 1 for label in train.conditions))
         self.one_count.fill_(one_count(train.matrix, np.concatenate(list(train.rows.values()))))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
@@ -280,7 +270,7 @@ class PerturbDiff(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Control cells as they stand beside cells: moved by single effects, in the network's scale."""
         if self.anchor is not None:
-            control = self.anchor.sample(control, condition, noise)
+            control = torch.where(self.combines, self.anchor.sample(control, condition, noise), control)
         return control / self.config.scale
 
     def encode(self, condition: Condition) -> Float[Tensor, "sets 1 dim"]:
@@ -335,9 +325,7 @@ class PerturbDiff(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Denoise sets of ``set_size`` cells, which are parts of the sets that are asked for."""
         parts = Parts.of(control.shape[1], self.config.set_size)
-        shown = self.beside(control, condition, noise)
-        if self.config.control_dropout == 1:
-            shown = torch.zeros_like(shown)
+        shown = self.beside(control, condition, noise) * (self.config.control_dropout < 1)
 
         def fresh() -> Tensor:
             return parts.cut(noise.normal(control))
@@ -408,20 +396,17 @@ class PerturbDiff(Model):
     def _hide(self, sets: int, rng: torch.Generator) -> Hidden:
         """Draw what is hidden and shown. Sets come in random order, so the first ones are as good as any."""
         config, device = self.config, rng.device
-        if config.dropout_per == "batch" or sets == 1:
-            control, condition, shown = torch.rand(3, generator=rng, device=device).tolist()
-            return hide(
-                sets,
-                condition=condition < config.condition_dropout,
-                control=control < config.control_dropout,
-                shown=sets if shown >= 1 - config.self_conditioning else 0,
-                device=device,
-            )
+        coins = np.random.default_rng(rng.initial_seed())  # the host's, so that nobody waits for the device
+        if config.dropout_per == "batch":
+            control, condition, shown = coins.random(3)
+            hidden = bool(condition < config.condition_dropout), bool(control < config.control_dropout)
+            everything = sets if shown >= 1 - config.self_conditioning else 0
+            return hide(sets, condition=hidden[0], control=hidden[1], shown=everything, device=device)
         control, condition = torch.rand(2, sets, generator=rng, device=device)
         return Hidden(
             condition=condition < config.condition_dropout,
             control=control < config.control_dropout,
-            shown=torch.arange(round(sets * config.self_conditioning), device=device),
+            shown=torch.arange(int(sets * config.self_conditioning + coins.random()), device=device),
         )
 
     def _trim(self, batch: CellSets) -> CellSets:
@@ -432,11 +417,3 @@ class PerturbDiff(Model):
         most = int(real.sum(1).max())
         real = None if real[:, :most].all() else real[:, :most]
         return replace(batch, target=batch.target[:, :most], control=batch.control[:, :most], real=real)
-
-
-def hide(
-    sets: int, *, condition: bool, control: bool, shown: int, device: torch.device | str = "cpu"
-) -> Hidden:
-    """Hide the same from all sets, and show the first ones an earlier estimate."""
-    every = torch.ones(sets, dtype=torch.bool, device=device)
-    return Hidden(every & condition, every & control, torch.arange(shown, device=device))

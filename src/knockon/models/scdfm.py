@@ -265,6 +265,10 @@ class SCDFM(Model):
         noise: Noise,
     ) -> Float[Tensor, "sets cells genes"]:
         """Follow the velocity from each start; all genes at once, some cells at a time."""
+        several = len(noise.generators) > 1
+        if several and self.config.dropout_in_generation:  # dropout is of each set's own generator, too
+            parts = zip(control.split(1), range(len(condition)), noise.generators, strict=True)
+            return torch.cat([self.sample(x, condition[i : i + 1], Noise(rng)) for x, i, rng in parts])
         genes, cells = self.generated, control.shape[1]
         starts = self.start(control[..., genes], noise).flatten(0, 1)
         shown = control[..., genes].flatten(0, 1)

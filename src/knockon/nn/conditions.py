@@ -243,8 +243,16 @@ class BranchEncoder(nn.Module):
 
     def entries(self, spec: Spec) -> dict[str, tuple[Sequence[str] | None, ...]]:
         """Names along the dimensions of parameters that belong to perturbations and levels."""
-        tables = {f"covariates.{i}.table.weight": (c.levels, None) for i, c in enumerate(spec.covariates)}
-        return {"own.table.weight": (("", *spec.perturbations), None), **tables}
+        found: dict[str, tuple[Sequence[str] | None, ...]] = {
+            "own.table.weight": (("", *spec.perturbations), None)
+        }
+        for i, covariate in enumerate(spec.covariates):
+            levels = [f"{covariate.name} {level}" for level in covariate.levels]
+            found[f"covariates.{i}.table.weight"] = (levels, None)
+        branches = ("what was done", *(covariate.name for covariate in spec.covariates))
+        width = self.join.in_features // len(branches)
+        found["join.weight"] = (None, [f"{branch} {i}" for branch in branches for i in range(width)])
+        return found
 
     def knows(self, codes: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Whether a perturbation was trained or has a vector."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -237,3 +237,20 @@ class Parts(NamedTuple):
             return None
         places = torch.arange(self.number * self.size, device=device) < self.cells
         return places.expand(sets, -1).reshape(-1, self.size)
+
+
+class Hidden(NamedTuple):
+    """What training hides or shows, for each set."""
+
+    condition: Bool[Tensor, "sets"]
+    control: Bool[Tensor, "sets"]
+    shown: Int[Tensor, "shown"]
+    """Sets that are shown an earlier estimate."""
+
+
+def hide(
+    sets: int, *, condition: bool, control: bool, shown: int, device: torch.device | str = "cpu"
+) -> Hidden:
+    """Hide the same from all sets, and show the first ones an earlier estimate."""
+    every = torch.ones(sets, dtype=torch.bool, device=device)
+    return Hidden(every & condition, every & control, torch.arange(shown, device=device))

@@ -146,7 +146,7 @@ def _predicted(
             if labels
         ]
     predicted = _joined(made)
-    predicted.uns["knockon"] |= marks
+    predicted.uns["knockon"] |= marks | {"by_fallback": [str(label) for label in lacking]}
     with written_aside(path) as aside:
         predicted.write_h5ad(aside)
     return predicted

@@ -90,3 +90,17 @@ def test_gradients_stay_finite_where_cells_coincide(rng):
     loss = discrepancy.energy_distance(x, x.detach()).sum() + discrepancy.mmd(x, x.detach()).sum()
     (gradient,) = torch.autograd.grad(loss, x)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_cells_that_do_not_count_change_nothing(rng, unbiased):
+    x, y = torch.randn(2, 2, 6, 4, generator=rng)
+    real = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    masked = discrepancy.energy_distance(x, y, unbiased=unbiased, real=(real, real))
+    torch.testing.assert_close(masked[0], discrepancy.energy_distance(x[0, :4], y[0, :4], unbiased=unbiased))
+    torch.testing.assert_close(masked[1], discrepancy.energy_distance(x[1], y[1], unbiased=unbiased))
+
+
+def test_one_cell_has_no_distance_within(rng):
+    x, y = torch.randn(2, 1, 4, generator=rng)
+    torch.testing.assert_close(discrepancy.energy_distance(x, y), 2 * (x - y).norm())

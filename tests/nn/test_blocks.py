@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from knockon.nn.attention import DifferentialAttention
-from knockon.nn.blocks import VALUE_LIMIT, Block, GeneModulation, Joined, TimeEncoder, ValueEncoder, dropout
+from knockon.nn.blocks import (
+    VALUE_LIMIT,
+    Block,
+    FeedForward,
+    GeneModulation,
+    Joined,
+    TimeEncoder,
+    ValueEncoder,
+    dropout,
+)
 
 DIM = 16
 
@@ -58,3 +67,10 @@ def test_a_map_in_two_parts_is_the_map_of_both(rng):
     whole = torch.cat([state, other.expand_as(state)], dim=-1)
     expected = torch.nn.functional.linear(whole, joined.weight, joined.bias)
     torch.testing.assert_close(joined(state, joined.project(other)), expected)
+
+
+def test_maps_in_tiles_are_the_maps_of_all(rng, monkeypatch):
+    monkeypatch.setattr(FeedForward, "TILE", 7)
+    maps, x = FeedForward(8), torch.randn(3, 5, 8, generator=rng)
+    with torch.no_grad():
+        torch.testing.assert_close(maps(x), maps[2](maps[1](maps[0](x))))

@@ -95,7 +95,7 @@ def energy_distance(
     weights = [mask.to(x.dtype) for mask in real]
     between = _mean(_distances(x, y, floor), weights[0], weights[1])
     within = [
-        _mean_within(_distances(z, z, floor), w, unbiased=unbiased)
+        _mean_within(_distances(z, z, floor), w, unbiased=unbiased, floor=floor)
         for z, w in zip((x, y), weights, strict=True)
     ]
     return 2 * between - within[0] - within[1]
@@ -107,13 +107,14 @@ def _mean(square: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return total / (rows.sum(-1) * columns.sum(-1)).clamp_min(1)
 
 
-def _mean_within(square: Tensor, weights: Tensor, *, unbiased: bool) -> Tensor:
-    if not unbiased:
-        return _mean(square, weights, weights)
+def _mean_within(square: Tensor, weights: Tensor, *, unbiased: bool, floor: float) -> Tensor:
+    """Mean over pairs of a sample; a cell is as far from itself as the floor, whatever rounding says."""
     count = weights.sum(-1)
     whole = (weights[..., None, :] @ square @ weights[..., None])[..., 0, 0]
-    own = (square.diagonal(dim1=-2, dim2=-1) * weights.square()).sum(-1)
-    return (whole - own) / (count * (count - 1)).clamp_min(1)
+    apart = whole - (square.diagonal(dim1=-2, dim2=-1) * weights.square()).sum(-1)
+    if unbiased:
+        return apart / (count * (count - 1)).clamp_min(1)
+    return (apart + count * floor**0.5) / count.square().clamp_min(1)
 
 
 def _distances(x: Tensor, y: Tensor, floor: float = 0.0) -> Tensor:

@@ -95,7 +95,7 @@ class Split(Command):
 
     data: Data
     """A screen: .h5ad or .zarr."""
-    kind: Literal["additive", "combinations15", "unseen", "context", "random", "none"] = "additive"
+    kind: splits.Kind = "additive"
     """Doubles of measured singles; the first 15 of them with their singles; genes; contexts; any; nothing."""
     out: Path
     """The .json to write."""

@@ -6,6 +6,7 @@ A held-out perturbation is held out in every context where it occurs, except whe
 import difflib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -27,11 +28,12 @@ from knockon.data.split_file import (
 from knockon.types import Label, UserError
 
 __all__ = [
-    "KINDS", "Leak", "Part", "Split", "additive", "additive_test", "audit", "combinations15", "context",
-    "everything", "make", "part", "random", "read", "seen", "training", "unseen",
+    "KINDS", "Kind", "Leak", "Part", "Split", "additive", "additive_test", "audit", "combinations15",
+    "context", "everything", "make", "part", "random", "read", "seen", "training", "unseen",
 ]  # fmt: skip
 
-KINDS = ("additive", "combinations15", "unseen", "context", "random", "none")
+Kind = Literal["additive", "combinations15", "unseen", "context", "random", "none"]
+KINDS: tuple[str, ...] = get_args(Kind)
 """Kinds that ``make`` knows by name; anything else is the path of a file."""
 
 

@@ -1,8 +1,7 @@
 """The paper preset agrees with the numbers of the released program, name by name."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,22 +16,14 @@ from knockon.nn.joint import Hidden, hide
 from knockon.train import decay, learning_rate
 from knockon.types import Condition, Covariate, Spec
 
+from .parity import Parity
+
 ENERGY = 5e-4
 """Tolerance in float32 of what contains an energy distance: the released program cancels large numbers."""
 STEPS = 1000
 
 
-@dataclass(frozen=True)
-class Fixture:
-    """The parity file in one precision; the truth is always what was computed in float64."""
-
-    arrays: Mapping[str, np.ndarray]
-    dtype: torch.dtype
-
-    def __getitem__(self, key: str) -> Tensor:
-        value = torch.from_numpy(np.asarray(self.arrays[key]))
-        return value.to(self.dtype) if value.is_floating_point() else value
-
+class Fixture(Parity):
     def agree(self, ours: Tensor, key: str, single: float = 5e-5) -> None:
         """Compare with an output; ``single`` is the tolerance in float32, of the largest entry."""
         truth = torch.from_numpy(np.asarray(self.arrays[f"outputs/f64/{key}"])).double()
@@ -42,10 +33,6 @@ class Fixture:
             ours.broadcast_to(truth.shape), truth, rtol=1e-9 if self.exact else 0, atol=atol,
             msg=lambda text: f"{key}: {text}",
         )  # fmt: skip
-
-    @property
-    def exact(self) -> bool:
-        return self.dtype == torch.float64
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The paper preset agrees with the numbers of the released program, name by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,21 +15,13 @@ from knockon.models import scdfm
 from knockon.train import learning_rate
 from knockon.types import Condition, Spec
 
+from .parity import Parity
+
 KINDS = ("single", "double", "drug")
 PRECISIONS = (torch.float64, torch.float32)
 
 
-@dataclass(frozen=True)
-class Fixture:
-    """The parity file in one precision; the truth is always what was computed in float64."""
-
-    arrays: Mapping[str, np.ndarray]
-    dtype: torch.dtype
-
-    def __getitem__(self, key: str) -> Tensor:
-        value = torch.from_numpy(np.asarray(self.arrays[key]))
-        return value.to(self.dtype) if value.is_floating_point() else value
-
+class Fixture(Parity):
     def size(self, key: str) -> int:
         return int(self.arrays[f"meta/{key}"])
 
@@ -40,12 +32,11 @@ class Fixture:
         truth = torch.from_numpy(np.asarray(self.arrays[twin if twin in self.arrays else key])).double()
         assert ours.shape == truth.shape, key
         scale = max(1.0, truth.abs().max().item())
-        exact = self.dtype == torch.float64
         torch.testing.assert_close(
             ours.detach().double(),
             truth,
-            rtol=1e-9 if exact else 0,
-            atol=1e-9 if exact else 5e-5 * scale,
+            rtol=1e-9 if self.exact else 0,
+            atol=1e-9 if self.exact else 5e-5 * scale,
             msg=lambda text: f"{key}: {text}",
         )
 

@@ -15,7 +15,7 @@ steps     steps of a solver or a schedule
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -160,6 +160,14 @@ class CellSets:
             condition=self.condition.to(device),
             real=None if self.real is None else self.real.to(device),
         )
+
+    def trimmed(self) -> "CellSets":
+        """Drop places that no set fills; not on a GPU, where asking for their number would wait for it."""
+        if self.real is None or self.real.device.type != "cpu":
+            return self
+        most = int(self.real.sum(1).max())
+        real = None if self.real[:, :most].all() else self.real[:, :most]
+        return replace(self, target=self.target[:, :most], control=self.control[:, :most], real=real)
 
 
 class Noise:

@@ -29,7 +29,8 @@ CONDITION = Condition(
 def build(preset=perturbdiff.small, spec=SPEC, *, lively: bool = True, **changes) -> PerturbDiff:
     """Gates that begin at zero are opened, unless what matters is the beginning."""
     torch.manual_seed(0)
-    sizes = {"width": 16, "layers": 2, "heads": 2, "branch": 4, "set_size": 8, "anchored": False}
+    sizes = {"width": 16, "layers": 2, "heads": 2, "branch": 4, "set_size": 8}
+    sizes |= {"anchored": False, "shrinkage": 0.0}
     model = replace(preset().model, **sizes | changes).build(spec)
     if lively:
         for parameter in model.parameters():
@@ -195,6 +196,7 @@ def test_parts_of_a_set_are_generated_alone(rng):
         {"maps_see_attention": False},
         {"dropout_per": "batch"},
         {"unbiased_energy": False},
+        {"shrinkage": 0.1},
     ],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from knockon.nn.counts import ABOVE, STEP, Dispersion, single_counts, whole_counts
+from knockon.nn.counts import ABOVE, STEP, Dispersion, single_counts, soften, whole_counts
 from knockon.types import Noise
 
 GENES = 40
@@ -148,3 +148,13 @@ def test_an_empty_control_cell_has_counts_of_a_typical_cell(rng):
     assert (single_counts(torch.zeros(1, 5, 4), one) == one).all()
     drawn = whole_counts(torch.full((1, 500, 4), 0.2), one, Noise(rng))
     assert set(drawn.unique().tolist()) == {0.0, one.item()}
+
+
+def test_small_changes_are_undone_and_others_shrunk():
+    one = torch.tensor([[[0.5]]])
+    counts = torch.tensor([[[0.0, 1.0, 3.0, 0.0, 2.0]]])
+    start = (counts * one.expm1()).log1p()
+    moved = ((counts + torch.tensor([0.05, -0.05, 1.0, 0.4, -2.0])) * one.expm1()).log1p()
+    softened = soften(moved, start, one, 0.1).expm1() / one.expm1()
+    torch.testing.assert_close(softened, torch.tensor([[[0.0, 1.0, 3.9, 0.3, 0.1]]]))
+    assert softened[0, 0, 0] == 0

@@ -22,7 +22,7 @@ from knockon.model import Losses, Model, ModelConfig, Recipe, Training
 from knockon.models import additive
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
-from knockon.nn.counts import single_counts, whole_counts
+from knockon.nn.counts import single_counts, soften, whole_counts
 from knockon.nn.joint import Architecture, Hidden, JointTransformer, Parts, Real, hide
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
@@ -48,7 +48,7 @@ class Config(Architecture, ModelConfig):
     paper)."""
     anchored: bool = True
     """With ``residual``, and where training has combinations, control cells are first moved by the sum of
-    single effects, as the additive baseline does; the network then begins there (not in the paper)."""
+    single effects; the network then begins there (not in the paper)."""
     scale: float = 10.0
     """log1p values are divided by it."""
     steps: int = 1000
@@ -96,6 +96,8 @@ class Config(Architecture, ModelConfig):
     """Estimates below it, in units of log1p over ``scale``, become zero at every step."""
     whole_counts: bool = True
     """Values below a single count become none or one at the end, at random (not in the paper)."""
+    shrinkage: float = 0.1
+    """With ``residual``, counts by which changes are shrunk towards none at the end (not in the paper)."""
 
     def build(self, spec: Spec) -> "PerturbDiff":
         """Make the model.
@@ -148,6 +150,7 @@ def paper() -> Recipe:
             guidance=1.0,
             own_estimates=False,
             whole_counts=False,
+            shrinkage=0.0,
         ),
         train=Training(
             steps=200_000, sets=8, cells=256, lr=2e-4, final_lr=2e-5, warmup=200, plateau=0.1, clip=1.0,
@@ -198,7 +201,7 @@ class PerturbDiff(Model):
         self.anchor = None
         if config.residual:
             nn.init.zeros_(self.network.head.weight)
-            if config.anchored and not config.marginal:
+            if config.anchored and not config.marginal and spec.slots > 1:
                 self.anchor = additive.Config(missing="mean", exact=False).build(spec)
         self.register_buffer("bars", diffusion.alpha_bars(config.schedule, config.steps), persistent=False)
         self.register_buffer("combines", torch.tensor(data=False))
@@ -215,8 +218,7 @@ class PerturbDiff(Model):
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations that were trained, and those with a vector."""
-        known = self.conditions.knows(condition.perturbation).all(dim=-1)
-        return torch.ones_like(known) if self.config.marginal else known
+        return self.conditions.knows(condition.perturbation).all(dim=-1) | self.config.marginal
 
     @property
     def learns_controls(self) -> bool:
@@ -235,7 +237,7 @@ class PerturbDiff(Model):
 
     def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
         """Estimate each set from its noised self at a random step."""
-        batch = self._trim(batch)
+        batch = batch.trimmed() if self.config.masked else replace(batch, real=None)
         clean = batch.target / self.config.scale
         control = self.beside(batch.control, batch.condition, Noise(rng))
         steps = torch.randint(self.config.steps, (len(clean),), generator=rng, device=clean.device)
@@ -334,9 +336,10 @@ class PerturbDiff(Model):
         real = parts.real(len(control), control.device) if self.config.masked else None
         *_, (made, _) = self.chain(fresh(), parts.cut(shown), encoded, fresh, real)
         made = parts.join(made) * self.config.scale
-        if not self.config.whole_counts:
-            return made
-        return whole_counts(made, single_counts(control, self.one_count), noise)
+        one_count = single_counts(control, self.one_count)
+        if self.config.residual and self.config.shrinkage:
+            made = soften(made, shown * self.config.scale, one_count, self.config.shrinkage)
+        return whole_counts(made, one_count, noise) if self.config.whole_counts else made
 
     def chain(
         self,
@@ -408,12 +411,3 @@ class PerturbDiff(Model):
             control=control < config.control_dropout,
             shown=torch.arange(int(sets * config.self_conditioning + coins.random()), device=device),
         )
-
-    def _trim(self, batch: CellSets) -> CellSets:
-        """Drop places that no set of the batch fills; on a GPU, asking for their number would wait for it."""
-        real = batch.real if self.config.masked else None
-        if real is None or real.device.type != "cpu":
-            return replace(batch, real=real)
-        most = int(real.sum(1).max())
-        real = None if real[:, :most].all() else real[:, :most]
-        return replace(batch, target=batch.target[:, :most], control=batch.control[:, :most], real=real)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from knockon.types import Noise
 
@@ -18,6 +19,9 @@ BELOW = 64
 """Grid points under factor 1: tabulated down to a factor of exp(-8); further down by extrapolation."""
 ABOVE = 16
 """Grid points over factor 1. A gene is scaled up by exp(2) at most; what is missing is switched on."""
+
+LARGEST = 30.0
+"""Values from here on, which no cell has, are not turned into counts, which might be infinite."""
 
 
 def single_counts(
@@ -43,6 +47,30 @@ def whole_counts(
     one_count = one_count.to(values.dtype)
     drawn = noise.uniform(values) < values.expm1() / one_count.expm1()
     return torch.where(values < one_count, drawn * one_count, values)
+
+
+def soften(
+    values: Float[Tensor, "sets cells genes"],
+    start: Float[Tensor, "sets cells genes"],
+    one_count: Float[Tensor, "sets cells 1"],
+    counts: float,
+) -> Float[Tensor, "sets cells genes"]:
+    """Shrink every change from the starting cells by so many counts, and undo those that are smaller.
+
+    What is not negative cannot err downwards where a gene is silent, so small errors without a direction
+    would turn genes on.
+
+    Parameters
+    ----------
+    values, start
+        Predicted cells and the cells that they began as, log1p.
+    one_count
+        Value of a single count in each cell.
+    """
+    one = one_count.expm1()
+    before, after = start.expm1(), values.clamp_max(LARGEST).expm1()
+    softened = (before + functional.softshrink((after - before) / one, counts) * one).log1p()
+    return torch.where(values < LARGEST, softened, values)
 
 
 class Dispersion(nn.Module):

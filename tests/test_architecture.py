@@ -13,7 +13,7 @@ TIERS = (
     {"model"},
     {"baseline"},
     {"models"},
-    {"predict"},
+    {"predict", "embed"},
     {"run"},
     {"transfer"},
     {"checkpoint"},

@@ -79,7 +79,7 @@ def test_a_plateau_comes_before_a_cosine_that_does_not_fall_below_its_floor() ->
 
 
 def test_an_average_forgets_its_beginning() -> None:
-    ramped, copied = Training(ema=0.9), Training(ema=0.9, ema_every=5, ema_ramp=False)
+    ramped, copied = Training(ema=0.9), Training(ema=0.9, ema_every=5, ema_ramp="none")
     assert [decay(step, ramped) for step in (0, 5, 1000)] == [0.1, 0.4, 0.9]
     assert [decay(step, copied) for step in (0, 1, 5)] == [0.0, 1.0, 0.9]
 
@@ -160,7 +160,7 @@ def test_patience_stops_and_the_best_weights_are_kept(
     screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 1.0, 2.0, 1.5, 0.0])
-    monkeypatch.setattr(sys.modules[train.__module__], "_validate", lambda *_: next(scores))
+    monkeypatch.setattr(sys.modules[train.__module__], "_distance_to", lambda *_: next(scores))
     stopped = train(
         recipe(steps=40, patience=2, schedule="constant"), screen, split, out=tmp_path / "stopped"
     )

@@ -109,7 +109,8 @@ class MeasuredEffects(nn.Module):
         """Fill the table from training cells."""
         effects, device = effects_of(train), self.effect.device
         rows = spec.encode(tuple(effects)).to(device)
-        self.perturbation, self.dose = _sorted_slots(rows)
+        rows = rows.ordered(spec.slots)
+        self.perturbation, self.dose = rows.perturbation, rows.dose
         self.covariates = rows.covariates
         table = np.array(list(effects.values()), dtype=np.float32).reshape(-1, len(spec.genes))
         self.effect = torch.from_numpy(table).to(device)
@@ -125,11 +126,8 @@ class MeasuredEffects(nn.Module):
 
     def exact(self, condition: Condition) -> Float[Tensor, "sets rows"]:
         """Find the very same perturbations at the very same doses."""
-        perturbation, dose = _sorted_slots(condition)
-        same = torch.ones(len(condition), len(self.effect), dtype=torch.bool, device=self.effect.device)
-        for asked, known in ((perturbation, self.perturbation), (dose, self.dose)):
-            width = max(asked.shape[1], known.shape[1])
-            same &= (_widen(asked, width)[:, None] == _widen(known, width)[None]).all(-1)
+        known = Condition(perturbation=self.perturbation, dose=self.dose, covariates=self.covariates)
+        same = condition.same_treatment(known)
         return _share(self._nearby(same, condition.covariates))
 
     def single(self, condition: Condition) -> Float[Tensor, "sets slots rows"]:
@@ -184,18 +182,6 @@ def _same_context(
     asked: Int[Tensor, "sets covs"], known: Int[Tensor, "rows covs"]
 ) -> Bool[Tensor, "sets rows"]:
     return (asked[:, None] == known[None]).all(-1)
-
-
-def _sorted_slots(condition: Condition) -> tuple[Int[Tensor, "sets slots"], Float[Tensor, "sets slots"]]:
-    """Perturbations in descending order, each with its dose, so that equal conditions look equal."""
-    by_dose = condition.dose.argsort(dim=1, descending=True)
-    codes, doses = condition.perturbation.gather(1, by_dose), condition.dose.gather(1, by_dose)
-    order = codes.argsort(dim=1, descending=True, stable=True)
-    return codes.gather(1, order), doses.gather(1, order)
-
-
-def _widen(values: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(values, (0, width - values.shape[1]))
 
 
 def _share(found: Bool[Tensor, "*sets rows"]) -> Float[Tensor, "*sets rows"]:

@@ -22,6 +22,8 @@ from knockon.types import CellSets, Condition, Noise, Spec, Units, UserError
 if TYPE_CHECKING:
     from knockon.data.screen import Screen
 
+Names = tuple[Sequence[str] | None, ...]
+"""Names of the entries along each dimension of a parameter; None where they have none."""
 Losses = dict[str, Tensor]
 """Named scalar losses; ``total`` is the one that is minimized, the others are its parts."""
 
@@ -45,7 +47,12 @@ class Model(nn.Module, ABC):
         """Whether control cells are trained on as well, as cells to which nothing was done."""
         return False
 
-    def entries(self) -> dict[str, tuple[Sequence[str] | None, ...]]:
+    @property
+    def learns_embedded(self) -> bool:
+        """Whether the loss reads what ``embed`` makes of the target cells, which is made only once then."""
+        return False
+
+    def entries(self) -> dict[str, Names]:
         """Names along the dimensions of parameters that belong to genes, perturbations or levels.
 
         For each such parameter, one sequence for each dimension, or None where entries have no names.
@@ -78,6 +85,41 @@ class Model(nn.Module, ABC):
         A set's cells may depend on each other only if the model says so; sets never do.
         """
 
+    def embed(self, cells: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells dim"]:
+        """Place cells in the model's latent space, where it has one.
+
+        Raises
+        ------
+        UserError
+            If it has none.
+        """
+        raise UserError(f"{_name(self)} has no embedding of cells", expected="scldm_vae or scldm")
+
+    def generate(
+        self, condition: Condition, given: Bool[Tensor, "sets classes"], cells: int, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Draw cells without control cells, under conditions of which only some classes may be given.
+
+        Parameters
+        ----------
+        given
+            Whether what was done, and each covariate, is given; the others are anything.
+
+        Raises
+        ------
+        UserError
+            If the model needs control cells.
+        """
+        raise UserError(
+            f"{_name(self)} cannot generate cells without control cells",
+            expected="scldm",
+            mend="knockon predict",
+        )
+
+    def take(self, earlier: "Model") -> None:
+        """Take over what an earlier stage has learned (``ModelConfig.earlier``)."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -91,6 +133,8 @@ class Training:
     """Sets (conditions) in a batch."""
     cells: int = 48
     """Cells of a set."""
+    by_cells: bool = False
+    """Draw each set's condition as often as it has cells, instead of all alike."""
     with_replacement: bool = False
     """Draw a set's cells with replacement; otherwise only where a condition has fewer cells than a set."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -99,11 +143,13 @@ class Training:
     """Highest learning rate."""
     final_lr: float = 0.0
     """Learning rate at the last step of a cosine schedule."""
-    schedule: Literal["constant", "cosine", "floored_cosine"] = "cosine"
-    """Shape of the learning rate after the warm-up; a floored one falls to 0, but not below
-    ``final_lr``."""
+    schedule: Literal["constant", "cosine", "floored_cosine", "root"] = "cosine"
+    """Shape of the learning rate after the warm-up; a floored one falls to 0, but not below ``final_lr``, and
+    ``root`` falls with the root of the steps."""
     warmup: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly."""
+    warmup_from: float = 0.0
+    """Share of the highest learning rate that the rise begins at; with 0 it begins at one step's share."""
     plateau: float = 0.0
     """Share of all steps that the learning rate stays at its highest after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -116,15 +162,19 @@ class Training:
     """Decay of the moving average of weights that predictions use; 0 uses the weights themselves."""
     ema_every: int = 1
     """Steps between updates of that average, the first after the first step."""
-    ema_ramp: bool = True
-    """Let the decay grow with the steps, so that the average soon forgets the first weights. Without it, the
-    first update copies the weights."""
+    ema_start: int = 0
+    """Steps up to which the average is a copy."""
+    ema_ramp: Literal["none", "rational", "power"] = "rational"
+    """Let the decay grow with the n-th step of averaging, so that the average soon forgets the first weights:
+    ``(1 + n) / (10 + n)``, or ``1 - (1 + n)^(-2/3)``. Without it, the first update copies the weights."""
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of matrix products; weights and reductions stay in float32."""
     compile: bool = False
     """Compile the model (slow to start, faster afterwards)."""
     validate_every: int = 0
     """Steps between scores on validation conditions; 0 never validates and keeps the last weights."""
+    validate_by: Literal["cells", "loss"] = "cells"
+    """The score: the energy distance of generated cells, or the loss on validation cells."""
     validate_cells: int = 64
     """Generated cells per validation condition."""
     patience: int = 0
@@ -142,6 +192,14 @@ class ModelConfig(ABC):
     @abstractmethod
     def build(self, spec: Spec) -> Model:
         """Make the model, with weights drawn from torch's global generator (the caller forks it)."""
+
+    def earlier(self) -> "Path | Recipe | None":
+        """Name the stage that comes before: its run folder, or how to train it; None for most models."""
+        return None
+
+    def after(self, earlier: "ModelConfig") -> "ModelConfig":
+        """Adapt to the earlier stage that was found."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +247,70 @@ def load_weights(model: Model, path: Path) -> None:
         ) from error
 
 
+@torch.no_grad()
+def copy_named(model: Model, source: Model) -> tuple[int, list[str], list[str]]:
+    """Copy parameters of the same name, entry by entry where entries have names (``Model.entries``).
+
+    Returns
+    -------
+    tuple
+        How many parameters were copied whole, and the names of those that were in part and not at all.
+    """
+    old, named = dict(source.named_parameters()), (source.entries(), model.entries())
+    kept, partly, new = 0, [], []
+    for key, parameter in model.named_parameters():
+        known = None
+        if key in old:
+            known = _overlap(old[key], parameter, *(entries.get(key) for entries in named))
+        if known is None:
+            new.append(key)
+            continue
+        places, values = known
+        parameter[places] = values.to(parameter.device)
+        if values.numel() == parameter.numel():
+            kept += 1
+        else:
+            shape = " x ".join(map(str, parameter.shape))
+            partly.append(f"{key} ({' x '.join(map(str, values.shape))} of {shape})")
+    return kept, partly, new
+
+
+def _name(model: Model) -> str:
+    return type(model).__module__.rpartition(".")[2]
+
+
 def model_class(config: ModelConfig) -> type[Model]:
     """Name the class that a configuration builds, known before there is any data to build it for."""
     return get_type_hints(type(config).build)["return"]
+
+
+def _overlap(
+    old: Tensor, new: Tensor, old_names: Names | None, new_names: Names | None
+) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    """Places in the new tensor whose names the old one has, and its values there; None without any."""
+    none: Names = (None,) * new.ndim
+    if old.ndim != new.ndim:
+        return None
+    taken, put = [], []
+    for size, length, before, now in zip(
+        old.shape, new.shape, old_names or none, new_names or none, strict=True
+    ):
+        if before is None or now is None:
+            if size != length:
+                return None
+            rows = list(range(length))
+            taken.append(rows)
+            put.append(rows)
+            continue
+        place = {entry: i for i, entry in enumerate(before)}
+        common = [(place[entry], i) for i, entry in enumerate(now) if entry in place]
+        if not common:
+            return None
+        taken.append([i for i, _ in common])
+        put.append([i for _, i in common])
+    return _grid(put), old[_grid(taken)]
+
+
+def _grid(rows: list[list[int]]) -> tuple[Tensor, ...]:
+    """Index that picks these entries along every dimension."""
+    return torch.meshgrid(*(torch.tensor(x) for x in rows), indexing="ij")

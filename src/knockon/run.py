@@ -150,10 +150,7 @@ class Run:
             If the folder is unfinished or was edited, or the screen is another one.
         """
         folder = Path(folder)
-        record = Record.read(folder)
-        if not record.finished:
-            raise UserError(f"The run in {folder} has not finished", mend="give the same train command again")
-        refuse_edited(record, folder)
+        record, model = stored(folder)
         if not isinstance(screen, Screen):
             screen = _read_screen(record, folder, screen)
         if screen.digest != record.screen:
@@ -162,10 +159,6 @@ class Run:
                 expected=f"digest {record.screen[:8]}, found {screen.digest[:8]}",
                 mend="give the screen that it was trained on with --data",
             )
-        spec = read_spec(folder)
-        with torch.random.fork_rng(devices=[]):
-            model = record.config.build(spec)
-        load_weights(model, folder / WEIGHTS)
         return cls(
             folder=folder,
             model=model.to(resolve_device(device)).eval(),
@@ -233,6 +226,7 @@ class Run:
             "cells": cells,
             "seed": seed,
             "panel": self.record.preparation.genes is not None,
+            "share": self.record.preparation.share,
             "units": spec.units,
             "total": -1.0 if spec.total is None else spec.total,
             "versions": versions(),
@@ -242,6 +236,26 @@ class Run:
         return predicted
 
 
+def stored(folder: Path) -> tuple[Record, Model]:
+    """Read a finished run's record and model, without its screen.
+
+    Raises
+    ------
+    UserError
+        If there is no such folder, or it is unfinished or was edited.
+    """
+    if not (folder / RECORD).exists():
+        raise UserError(f"{folder} is no run folder", expected="one that knockon train wrote")
+    record = Record.read(folder)
+    if not record.finished:
+        raise UserError(f"The run in {folder} has not finished", mend="give the same train command again")
+    _refuse_edited(record, folder)
+    with torch.random.fork_rng(devices=[]):
+        model = record.config.build(read_spec(folder))
+    load_weights(model, folder / WEIGHTS)
+    return record, model
+
+
 def resolve_device(name: str) -> str:
     """Turn ``auto`` into the accelerator, where there is one."""
     if name == "auto":
@@ -249,7 +263,7 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def refuse_edited(record: Record, folder: Path) -> None:
+def _refuse_edited(record: Record, folder: Path) -> None:
     """Refuse a folder whose files are not those that its record knows."""
     for name in _files(folder):
         if not (folder / name).is_file() or digest(folder / name) != record.files.get(name):

@@ -26,9 +26,14 @@ from knockon.files import digest
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class
 from knockon.predict import draw, refuse_unknown
 from knockon.progress import bar
-from knockon.run import LOG, RECORD, SPLIT, Record, Run, resolve_device, save_run, versions, write_spec
+from knockon.embed import table
+from knockon.run import (
+    LOG, RECORD, SPLIT, Record, Run, resolve_device, save_run, stored, versions, write_spec,
+)  # fmt: skip
 from knockon.types import Label, UserError
 
+STAGE_ONE = "stage_one"
+"""Where in a run folder an earlier stage is trained that was not given."""
 VALIDATION_CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
 
@@ -90,11 +95,20 @@ def train(  # noqa: PLR0913 - each is one independent choice
     folder = Path(out)
     recipe = _recipe(model)
     split = split if isinstance(split, Split) else splits.make(split, screen)
-    network, prepared, record = _set_up(recipe, screen, split, options)
+    stage = recipe.model.earlier()
+    first = None
+    if isinstance(stage, Path):
+        found, first = stored(stage)
+        recipe = dataclasses.replace(recipe, model=recipe.model.after(found.config))
+    network, prepared, record = _set_up(recipe, screen, split, options, first)
     if start is not None:
         for note in transfer.adopt(network, Path(start), record, split):
             log.info(note)
         record = dataclasses.replace(record, begun=digest(Path(start) / RECORD))
+    if isinstance(stage, Path) and first is not None:
+        network.take(first)
+        for note in transfer.leaks(stage, record, split):
+            log.info(note)
     refuse_unknown(network, wanted)
     if (folder / RECORD).exists():
         earlier = Record.read(folder)
@@ -106,6 +120,10 @@ def train(  # noqa: PLR0913 - each is one independent choice
         split.write(folder / SPLIT)
         write_spec(network.spec, folder)
         record.write(folder)
+    if isinstance(stage, Recipe):
+        log.info("the first stage is trained in %s", folder / STAGE_ONE)
+        stage = dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=recipe.train.seed))
+        network.take(train(stage, screen, split, out=folder / STAGE_ONE, options=options).model)
     began = time.monotonic()
     steps = _optimize(network, prepared, split, folder=folder, training=recipe.train, options=options)
     record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
@@ -119,11 +137,16 @@ def learning_rate(step: int, training: Training) -> float:
     The cosine reaches its end at update ``steps``, which is one after the last.
     """
     if step < training.warmup:
-        return training.lr * (step + 1) / training.warmup
+        share = step / training.warmup
+        begin = (1 - share) * training.warmup_from or 1 / training.warmup
+        return training.lr * (share + begin)
     begin = training.warmup + int(training.plateau * training.steps)
     if training.schedule == "constant" or step < begin:
         return training.lr
-    cosine = (1 + math.cos(math.pi * (step - begin) / max(1, training.steps - begin))) / 2
+    progress = (step - begin) / max(1, training.steps - begin)
+    if training.schedule == "root":
+        return training.lr + (training.final_lr - training.lr) * math.sqrt(min(1.0, progress))
+    cosine = (1 + math.cos(math.pi * progress)) / 2
     if training.schedule == "floored_cosine":
         return max(training.final_lr, training.lr * cosine)
     return training.final_lr + (training.lr - training.final_lr) * cosine
@@ -131,11 +154,16 @@ def learning_rate(step: int, training: Training) -> float:
 
 def decay(step: int, training: Training) -> float:
     """Share of the averaged weights that update ``step``, counted from 0, keeps; 1 leaves them alone."""
+    averaged = step - training.ema_start
     if step % training.ema_every:
         return 1.0
-    if training.ema_ramp:
-        return min(training.ema, (1 + step) / (10 + step))
-    return training.ema if step else 0.0
+    if averaged < 0:
+        return 0.0
+    if training.ema_ramp == "rational":
+        return min(training.ema, (1 + averaged) / (10 + averaged))
+    if training.ema_ramp == "power":
+        return min(training.ema, 1 - (1 + averaged) ** (-2 / 3))
+    return training.ema if averaged else 0.0
 
 
 def _recipe(model: str | ModelConfig | Recipe) -> Recipe:
@@ -150,8 +178,12 @@ def _name(config: ModelConfig) -> str:
     return type(config).__module__.rpartition(".")[2]
 
 
-def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> tuple[Model, Screen, Record]:
+def _set_up(
+    recipe: Recipe, screen: Screen, split: Split, options: Options, first: Model | None
+) -> tuple[Model, Screen, Record]:
     """Prepare the screen, build the model and fit its statistics, on training cells only.
+
+    The genes are those of the earlier stage, where there is one.
 
     A model without training steps chooses nothing on validation conditions and learns from them too; the
     preparation does not, so that it is the same for all models.
@@ -162,6 +194,7 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
         units=model_class(recipe.model).units,
         genes=options.genes,
         total=options.total,
+        panel=None if first is None else _panel(first, screen, options),
     )
     for note in preparation.notes:
         log.info(note)
@@ -192,6 +225,21 @@ def _set_up(recipe: Recipe, screen: Screen, split: Split, options: Options) -> t
     return network, prepared, record
 
 
+def _panel(first: Model, screen: Screen, options: Options) -> tuple[str, ...]:
+    """Genes of the screen that the earlier stage knows."""
+    known = set(first.spec.genes)
+    panel = tuple(gene for gene in screen.genes if gene in known)
+    if options.genes is not None or not panel:
+        raise UserError(
+            "The earlier stage has its own genes" + ("" if panel else ", and the screen has none of them"),
+            expected=f"a screen with some of its {len(known)}, and no --genes",
+            mend="leave out --genes",
+        )
+    if len(panel) < len(screen.genes):
+        log.info("%d genes that the earlier stage does not know are left out", len(screen.genes) - len(panel))
+    return panel
+
+
 def _check_same(earlier: Record, record: Record, folder: Path, split: Split, screen: Screen) -> None:
     """Refuse to continue or to reuse a run that was asked for differently."""
     before, now = earlier.asked(), record.asked()
@@ -220,6 +268,7 @@ def _optimize(
     module.mark_forward_method("loss")
     objective = torch.compile(module.loss) if training.compile else module.loss
     sampler = _sampler(screen, network, split, training, fabric.device)
+    score = _loss_on if training.validate_by == "loss" else _distance_to
     validation = tuple(label for label in split.validation if len(screen.rows[label]) > 1)
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with (
@@ -250,7 +299,7 @@ def _optimize(
                 fabric.log_dict(values, state.step)
                 text = f"loss {values['total']:.4f}"
             if _due(state.step, training.validate_every) and validation:
-                state.judge(_validate(state.predictor, screen, validation, training))
+                state.judge(score(state.predictor, screen, validation, training))
                 network.train()
                 journal.write(state.step, validation=state.score)
             if _due(state.step, training.checkpoint_every):
@@ -282,15 +331,19 @@ def _fabric(folder: Path, training: Training, options: Options) -> Fabric:
 def _sampler(
     screen: Screen, network: Model, split: Split, training: Training, device: torch.device
 ) -> Sampler:
+    conditions = (*split.train, *screen.controls) if network.learns_controls else split.train
+    embedded = table(network, screen.select(conditions)) if network.learns_embedded else None
     sampler = Sampler(
         screen,
         network.spec,
-        conditions=(*split.train, *screen.controls) if network.learns_controls else split.train,
+        conditions=conditions,
         sets=training.sets,
         cells=training.cells,
         seed=training.seed,
         device=device,
         replace=training.with_replacement,
+        by_cells=training.by_cells,
+        embedded=embedded,
     )
     for note in sampler.notes:
         log.info(note)
@@ -310,6 +363,8 @@ def _optimizer(network: Model, training: Training) -> torch.optim.Optimizer:
     decayed, free = [], []
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             plain = name == "bias" or isinstance(module, torch.nn.LayerNorm)
             (free if plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": training.weight_decay}]
@@ -323,14 +378,32 @@ def _follow(average: Model, network: Model, kept: float) -> None:
     if kept == 1:
         return
     for mean, current in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(current, 1 - kept)
+        if current.requires_grad:
+            mean.lerp_(current, 1 - kept)
 
 
-def _validate(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
-    """Mean energy distance between generated and real cells of validation conditions; lower is better."""
+def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
+    """Mean energy distance between generated and real cells of validation conditions; lower is better.
+
+    Counts are compared as log1p of counts per 10,000.
+    """
     distances = []
     for label in labels[:VALIDATION_CONDITIONS]:
         ((drawn, _),) = draw(model, screen, [label], cells=training.validate_cells, seed=training.seed)
-        real = torch.from_numpy(screen.cells_of(label)).to(drawn.device)
-        distances.append(float(energy_distance(drawn, real)))
+        both = drawn, torch.from_numpy(screen.cells_of(label)).to(drawn.device)
+        if model.units == "counts":
+            both = tuple((1e4 * x / x.sum(-1, keepdim=True).clamp_min(1)).log1p() for x in both)
+        distances.append(float(energy_distance(both[0], both[1])))
     return float(np.mean(distances))
+
+
+@torch.no_grad()
+def _loss_on(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
+    """Mean loss on cells of validation conditions, with the same draws each time; lower is better."""
+    device = next(model.parameters()).device
+    sampler = Sampler(
+        screen, model.spec, conditions=labels, sets=training.sets, cells=training.cells, seed=training.seed,
+        device=device, by_cells=training.by_cells,
+    )  # fmt: skip
+    rng = torch.Generator(device).manual_seed(training.seed)
+    return float(np.mean([float(model.loss(sampler.batch(i), rng)["total"]) for i in range(8)]))

@@ -137,6 +137,28 @@ class Condition:
         """Move to a device."""
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
+    def ordered(self, slots: int) -> "Condition":
+        """Put perturbations in the order of codes, then of doses, so that equal conditions look equal.
+
+        Slots are filled up to ``slots`` with nothing.
+        """
+        by_dose = self.dose.argsort(dim=1, descending=True)
+        codes, doses = self.perturbation.gather(1, by_dose), self.dose.gather(1, by_dose)
+        order = codes.argsort(dim=1, descending=True, stable=True)
+        missing = (0, max(0, slots - codes.shape[1]))
+        return replace(
+            self,
+            perturbation=torch.nn.functional.pad(codes.gather(1, order), missing),
+            dose=torch.nn.functional.pad(doses.gather(1, order), missing),
+        )
+
+    def same_treatment(self, other: "Condition") -> Bool[Tensor, "sets others"]:
+        """Whether the very same perturbations, at the very same doses, were done to each pair of sets."""
+        slots = max(self.perturbation.shape[1], other.perturbation.shape[1])
+        one, two = self.ordered(slots), other.ordered(slots)
+        same = (one.perturbation[:, None] == two.perturbation) & (one.dose[:, None] == two.dose)
+        return same.all(-1)
+
     def __getitem__(self, index: slice | Tensor) -> "Condition":
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
@@ -151,6 +173,8 @@ class CellSets:
     real: Bool[Tensor, "sets cells"] | None = None
     """Cells that were measured, the first of each set; the others are copies of them that fill the set up.
     None where there are no copies."""
+    embedded: Float[Tensor, "sets cells embedding"] | None = None
+    """What ``Model.embed`` made of the target cells, for a model that learns from that."""
 
     def to(self, device: torch.device | str) -> "CellSets":
         """Move to a device."""
@@ -159,6 +183,7 @@ class CellSets:
             control=self.control.to(device),
             condition=self.condition.to(device),
             real=None if self.real is None else self.real.to(device),
+            embedded=None if self.embedded is None else self.embedded.to(device),
         )
 
     def trimmed(self) -> "CellSets":
@@ -190,6 +215,13 @@ class Noise:
     def poisson(self, rates: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
         """Draw counts with these expectations."""
         return torch.cat([torch.poisson(x, generator=g) for x, g in self._parts(rates)])
+
+    def negative_binomial(
+        self, mean: Float[Tensor, "sets *shape"], inverse: Float[Tensor, "sets *shape"]
+    ) -> Float[Tensor, "sets *shape"]:
+        """Draw counts of variance ``mean + mean^2 / inverse``: Poisson counts of gamma rates."""
+        gamma = [torch._standard_gamma(x, generator=g) for x, g in self._parts(inverse)]  # noqa: SLF001 (torch.distributions takes no generator)
+        return self.poisson(torch.cat(gamma) * mean / inverse)
 
     def _draw(self, like: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         return torch.cat(

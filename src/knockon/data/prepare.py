@@ -27,11 +27,15 @@ class Preparation:
         Sum that counts are normalized to before ``log1p``; None where nothing is normalized.
     genes
         Names that are kept, in the order of the file; None keeps all.
+    share
+        Of all counts of training cells, those of the genes that are kept, where counts stay counts; 1
+        elsewhere.
     """
 
     units: Units
     total: float | None = None
     genes: tuple[str, ...] | None = None
+    share: float = 1.0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -48,6 +52,7 @@ def fit(
     genes: int | None = None,
     total: float | Literal["median"] | None = None,
     keep: Collection[str] | None = None,
+    panel: Collection[str] | None = None,
 ) -> Preparation:
     """Learn a preparation from training cells, controls included; no other cell has an influence.
 
@@ -64,6 +69,8 @@ def fit(
     keep
         Names that are kept besides, as far as they are genes of the panel; by default all
         perturbations of the screen.
+    panel
+        Names to keep instead of choosing any.
     """
     if units == "counts" and train.units == "log1p":
         raise UserError(
@@ -77,12 +84,19 @@ def fit(
         )
     normalize = units == "log1p" and train.units == "counts"
     target = (_median(train) if total in (None, "median") else float(total)) if normalize else None
-    if genes is None or genes >= len(train.genes):
+    if panel is not None:
+        chosen = set(panel)
+    elif genes is None or genes >= len(train.genes):
+        chosen = set(train.genes)
+    else:
+        scale = None if train.units == "log1p" else target or _median(train)
+        forced = set(train.spec().perturbations if keep is None else keep)
+        chosen = forced | _variable(train, scale, genes)
+    kept = tuple(gene for gene in train.genes if gene in chosen)
+    if kept == train.genes:
         return Preparation(units=units, total=target)
-    scale = None if train.units == "log1p" else target or _median(train)
-    forced = set(train.spec().perturbations if keep is None else keep)
-    chosen = forced | _variable(train, scale, genes)
-    return Preparation(units=units, total=target, genes=tuple(g for g in train.genes if g in chosen))
+    share = _share(train, kept) if units == "counts" else 1.0
+    return Preparation(units=units, total=target, genes=kept, share=share)
 
 
 def apply(screen: Screen, preparation: Preparation) -> Screen:
@@ -113,6 +127,12 @@ def _median(train: Screen) -> float:
     """Median total of training cells that have counts."""
     sums = np.concatenate([np.asarray(block.sum(axis=1)).ravel() for block in _cells(train)])
     return float(np.median(sums[sums > 0]))
+
+
+def _share(train: Screen, genes: Sequence[str]) -> float:
+    """Share of the counts of training cells that some genes have."""
+    sums = sum(np.asarray(block.sum(axis=0)).ravel() for block in _cells(train))
+    return float(np.take(sums, _places(train, genes)).sum() / max(1.0, float(np.sum(sums))))
 
 
 def _cells(train: Screen) -> Iterator[sp.csr_matrix]:

@@ -28,7 +28,7 @@ class Sampler:
     spec
         Gives the codes of the conditions.
     conditions
-        To draw from, uniformly; perturbed ones.
+        To draw from.
     sets, cells
         Size of a batch.
     seed
@@ -38,6 +38,10 @@ class Sampler:
     replace
         Draw cells with replacement [scdfm, section 1.6]. Otherwise a condition with fewer cells than a set
         gives all of them, and copies, which ``CellSets.real`` tells from them.
+    by_cells
+        Draw each condition as often as it has cells; otherwise all alike.
+    embedded
+        A row for each of the screen, to be given for target cells besides.
     """
 
     def __init__(  # noqa: PLR0913 - each is one independent choice
@@ -51,6 +55,8 @@ class Sampler:
         seed: int,
         device: torch.device | str = "cpu",
         replace: bool = False,
+        by_cells: bool = False,
+        embedded: Float[Tensor, "rows embedding"] | None = None,
     ) -> None:
         missing = [label for label in conditions if label not in screen.rows]
         if missing or not conditions:
@@ -62,6 +68,9 @@ class Sampler:
         self._targets = [screen.rows[label] for label in conditions]
         self._controls = [screen.control_rows(label) for label in conditions]
         self._fills = not replace and min(map(len, self._targets)) < cells
+        sizes = np.array([len(rows) for rows in self._targets])
+        self._shares = sizes / sizes.sum() if by_cells else None
+        self._embedded = embedded
         self._gather = resident(screen, device)
         self._device = torch.device(device)
         self.notes = _notes(screen, conditions)
@@ -69,7 +78,10 @@ class Sampler:
     def batch(self, step: int) -> CellSets:
         """Draw the batch of a step, counted from 0."""
         rng = np.random.default_rng((self.seed, step))
-        chosen = rng.integers(len(self._targets), size=self.sets)
+        if self._shares is None:
+            chosen = rng.integers(len(self._targets), size=self.sets)
+        else:
+            chosen = rng.choice(len(self._targets), size=self.sets, p=self._shares)
         target = np.concatenate([self._draw(self._targets[i], rng) for i in chosen])
         real = None
         if self._fills:
@@ -82,7 +94,13 @@ class Sampler:
             control=self._gather(control).view(shape),
             condition=self._codes[_to_device(chosen, self._device)],
             real=real,
+            embedded=self._embedding(target, shape),
         )
+
+    def _embedding(self, rows: Int[np.ndarray, "rows"], shape: tuple[int, int, int]) -> Tensor | None:
+        if self._embedded is None:
+            return None
+        return self._embedded[torch.from_numpy(rows).to(self._embedded.device)].view(shape).to(self._device)
 
     def _draw(self, rows: Int[np.ndarray, "pool"], rng: np.random.Generator) -> Int[np.ndarray, "cells"]:
         if self.replace:

@@ -358,10 +358,11 @@ def _matrix(adata: AnnData, truth: Truth, declared: Units | None) -> tuple[sp.cs
     matrix = sp.csr_matrix(adata.X, copy=True)
     units = values.scale(values.survey(matrix), declared or about.get("units")).units
     ours, theirs = truth.screen.total, float(about.get("total", -1.0))
-    if units == "counts" and truth.units == "counts":
+    if units == "counts" and ours is not None:
+        share = 1.0 if truth.units == "counts" else float(about.get("share", 1.0))
         totals = np.asarray(matrix.sum(axis=1)).ravel()
         matrix.data = np.log1p(
-            matrix.data * np.repeat(ours / np.maximum(totals, 1.0), np.diff(matrix.indptr))
+            matrix.data * np.repeat(share * ours / np.maximum(totals, 1.0), np.diff(matrix.indptr))
         )
         return matrix, []
     if units == "counts" or (truth.units == "counts" and theirs <= 0):

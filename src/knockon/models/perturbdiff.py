@@ -5,7 +5,7 @@ cells estimates the clean set from a noised one; the loss is the energy distance
 small squared error. See docs/models/perturbdiff.md.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from knockon.data.graph import one_count
 from knockon.dynamics import diffusion
 from knockon.dynamics.discrepancy import energy_distance
-from knockon.model import Losses, Model, ModelConfig, Recipe, Training
+from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training
 from knockon.models import additive
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
@@ -96,7 +96,7 @@ class Config(Architecture, ModelConfig):
     """Estimates below it, in units of log1p over ``scale``, become zero at every step."""
     whole_counts: bool = True
     """Values below a single count become none or one at the end, at random (not in the paper)."""
-    shrinkage: float = 0.1
+    shrinkage: float = 0.05
     """With ``residual``, counts by which changes are shrunk towards none at the end (not in the paper)."""
 
     def build(self, spec: Spec) -> "PerturbDiff":
@@ -154,7 +154,7 @@ def paper() -> Recipe:
         ),
         train=Training(
             steps=200_000, sets=8, cells=256, lr=2e-4, final_lr=2e-5, warmup=200, plateau=0.1, clip=1.0,
-            schedule="floored_cosine", ema=0.99, ema_every=10, ema_ramp=False,
+            schedule="floored_cosine", ema=0.99, ema_every=10, ema_ramp="none",
             optimizer="adamw", betas=(0.9, 0.98), weight_decay=0.01,
         ),
     )  # fmt: skip
@@ -225,7 +225,7 @@ class PerturbDiff(Model):
         """As the configuration says."""
         return self.config.learn_controls
 
-    def entries(self) -> dict[str, tuple[Sequence[str] | None, ...]]:
+    def entries(self) -> dict[str, Names]:
         """Names of genes, perturbations and levels."""
         genes = self.spec.genes
         found = {f"network.{key}": names for key, names in self.network.entries(genes).items()}

@@ -155,9 +155,9 @@ class Block(nn.Module):
         return torch.addcmul(state, gate_maps, self.maps(modulate(state, shift_maps, scale_maps)))
 
 
-def modulate(state: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(state: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Compute ``LN(state) (1 + scale) + shift``, with a norm that has no weights of its own."""
-    return torch.addcmul(shift, functional.layer_norm(state, state.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, functional.layer_norm(state, state.shape[-1:], eps=eps), 1 + scale)
 
 
 class GeneModulation(nn.Module):

@@ -207,8 +207,8 @@ class ConditionEncoder(nn.Module):
         )
 
 
-class BranchEncoder(nn.Module):
-    """A condition to one vector: a branch for what was done and one for each covariate, joined by a map.
+class Branches(nn.Module):
+    """A condition to vectors: one of what was done, and one of each covariate.
 
     What was done is the sum of its perturbations, each with its dose; a row of its own stands for nothing.
     Where the spec has vectors, projections of them take the place of the rows.
@@ -217,13 +217,11 @@ class BranchEncoder(nn.Module):
     ----------
     dim
         Width of a branch.
-    width
-        Width of the result.
     """
 
     trained: Bool[Tensor, "codes"]
 
-    def __init__(self, spec: Spec, dim: int, width: int) -> None:
+    def __init__(self, spec: Spec, dim: int) -> None:
         super().__init__()
         codes = len(spec.perturbations) + 1
         self.own: Rows | Projection = Rows(codes, dim, normed=False)
@@ -232,7 +230,6 @@ class BranchEncoder(nn.Module):
         self.dose = None if spec.dose_unit is None else Dose(dim)
         self.covariates = nn.ModuleList(Level(len(c.levels), dim) for c in spec.covariates)
         self.register_buffer("trained", torch.ones(codes, dtype=torch.bool))
-        self.join = linear((1 + len(spec.covariates)) * dim, width)
 
     def fit(self, trained: Condition) -> None:
         """Note what training will have seen."""
@@ -249,9 +246,6 @@ class BranchEncoder(nn.Module):
         for i, covariate in enumerate(spec.covariates):
             levels = [f"{covariate.name} {level}" for level in covariate.levels]
             found[f"covariates.{i}.table.weight"] = (levels, None)
-        branches = ("what was done", *(covariate.name for covariate in spec.covariates))
-        width = self.join.in_features // len(branches)
-        found["join.weight"] = (None, [f"{branch} {i}" for branch in branches for i in range(width)])
         return found
 
     def knows(self, codes: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
@@ -261,8 +255,8 @@ class BranchEncoder(nn.Module):
             known = known | self.own.known.to(known.device)
         return known[codes] | (codes == NOTHING)
 
-    def forward(self, condition: Condition) -> Float[Tensor, "sets width"]:
-        """Encode conditions."""
+    def branches(self, condition: Condition) -> list[Float[Tensor, "sets dim"]]:
+        """Encode what was done, then each covariate."""
         codes = condition.perturbation
         encoded = self.own(codes)
         if self.dose is not None:
@@ -274,7 +268,58 @@ class BranchEncoder(nn.Module):
             level(codes)
             for level, codes in zip(self.covariates, condition.covariates.unbind(-1), strict=True)
         ]
-        return self.join(torch.cat([done, *levels], dim=-1))
+        return [done, *levels]
+
+
+class BranchEncoder(Branches):
+    """A condition to one vector: its branches, joined by a map.
+
+    Parameters
+    ----------
+    width
+        Width of the result.
+    """
+
+    def __init__(self, spec: Spec, dim: int, width: int) -> None:
+        super().__init__(spec, dim)
+        self.join = linear((1 + len(spec.covariates)) * dim, width)
+
+    def entries(self, spec: Spec) -> dict[str, tuple[Sequence[str] | None, ...]]:
+        """Names of perturbations, levels and branches."""
+        branches = ("what was done", *(covariate.name for covariate in spec.covariates))
+        width = self.join.in_features // len(branches)
+        joined = (None, [f"{branch} {i}" for branch in branches for i in range(width)])
+        return {**super().entries(spec), "join.weight": joined}
+
+    def forward(self, condition: Condition) -> Float[Tensor, "sets width"]:
+        """Encode conditions."""
+        return self.join(torch.cat(self.branches(condition), dim=-1))
+
+
+class ClassEncoder(Branches):
+    """A condition to one vector: the sum of its branches, of which any may be hidden from a cell.
+
+    A vector for each branch stands for what is hidden. The branches are the classes of guidance.
+    """
+
+    def __init__(self, spec: Spec, dim: int) -> None:
+        super().__init__(spec, dim)
+        self.hidden = nn.Parameter(torch.empty(1 + len(spec.covariates), dim))
+        for name, parameter in self.named_parameters():
+            if name == "hidden" or name.endswith("table.weight"):
+                nn.init.normal_(parameter, std=0.02)
+
+    def entries(self, spec: Spec) -> dict[str, tuple[Sequence[str] | None, ...]]:
+        """Names of perturbations, levels and classes."""
+        classes = ("perturbation", *(covariate.name for covariate in spec.covariates))
+        return {**super().entries(spec), "hidden": (classes, None)}
+
+    def forward(
+        self, condition: Condition, given: Bool[Tensor, "sets cells classes"]
+    ) -> Float[Tensor, "sets cells dim"]:
+        """Encode conditions, of which each cell is told what ``given`` says."""
+        known = torch.stack(self.branches(condition), dim=1)[:, None]
+        return torch.where(given[..., None], known, self.hidden.to(known.dtype)).sum(-2)
 
 
 class Level(nn.Module):

@@ -1,0 +1,307 @@
+"""scLDM: a flow in the latent space of an autoencoder of counts, guided by several conditions [palla2025].
+
+The second stage: ``scldm_vae`` is the first. Cells are latent tokens; a transformer learns the velocity from
+noise to them under what was done and each covariate, any of which may be hidden. See docs/models/scldm.md.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from knockon.dynamics import flow, solve
+from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training, copy_named
+from knockon.models import scldm_vae
+from knockon.models._released_scldm import from_released
+from knockon.nn.conditions import ClassEncoder
+from knockon.nn.latent import LatentArchitecture, LatentTransformer
+from knockon.nn.library import LibrarySizes
+from knockon.types import CellSets, Condition, Noise, Spec, UserError
+
+__all__ = ["Config", "LatentFlow", "default", "from_released", "paper", "small"]
+
+if TYPE_CHECKING:
+    from knockon.data.screen import Screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(LatentArchitecture, ModelConfig):
+    """The flow: its network (``LatentArchitecture``), its autoencoder, its conditions and its way of sampling."""
+
+    vae: str = ""
+    """Run folder of the autoencoder; without one it is trained first, into ``vae`` of the run folder."""
+    autoencoder: scldm_vae.Config = field(default_factory=scldm_vae.Config)
+    """What the autoencoder is, where none is given."""
+    stage_one: Training = field(default_factory=lambda: scldm_vae.default().train)
+    """How the autoencoder is trained, where none is given; its seed is that of the second stage."""
+    hide: Literal["each", "all", "all_but_one"] = "each"
+    """What training hides from a cell: each class at random, so that any part of a condition can be asked for
+    (not in the paper); all classes at once; or all but one, and that one at random."""
+    hidden: float = 0.2
+    """Probability of hiding."""
+    left_per: Literal["cell", "batch"] = "cell"
+    """With ``all_but_one``, the class that is left is drawn for each cell, or once for a batch."""
+    guidance: Literal["joint", "additive"] = "joint"
+    """Velocities are moved from the unconditioned one towards the one that knows all classes, or by the sum of
+    what each class changes alone."""
+    weights: tuple[float, ...] = ()
+    """Weight of what was done and of each covariate; 1, the plain condition, without. With ``joint``, their mean
+    counts."""
+    solver: Literal["euler", "midpoint", "heun", "rk4", "rk4_38", "dopri5"] = "heun"
+    """How the flow is solved; ``dopri5`` chooses its steps, and cells that are generated together share them."""
+    steps: int = 10
+    """Steps of the others."""
+    tolerance: float = 1e-5
+    """Of ``dopri5``, absolute and relative."""
+    counts: Literal["sampled", "means"] = "sampled"
+    """Counts are drawn from the negative binomial, or are its means."""
+    library: Literal["control", "condition"] = "control"
+    """Library sizes are those of the control cells beside (not in the paper), or log-normal ones of the condition
+    or what is nearest to it; cells without control cells have the latter."""
+
+    def build(self, spec: Spec) -> "LatentFlow":
+        """Make the model.
+
+        Raises
+        ------
+        UserError
+            If options contradict each other.
+        """
+        classes = 1 + len(spec.covariates)
+        for wrong, expected in (
+            (self.width % (2 * self.heads), f"width ({self.width}) to be a multiple of heads, and even"),
+            (not 0 <= self.hidden < 1, "hidden to be at least 0 and below 1"),
+            (len(self.weights) not in (0, classes), f"no weights, or one for each of the {classes} classes"),
+        ):
+            if wrong:
+                raise UserError("Options of scldm that do not fit together", expected=expected)
+        return LatentFlow(self, spec)
+
+    def earlier(self) -> Path | Recipe:
+        """Name the autoencoder."""
+        return Path(self.vae) if self.vae else Recipe(model=self.autoencoder, train=self.stage_one)
+
+    def after(self, earlier: ModelConfig) -> "Config":
+        """Note what the autoencoder is."""
+        if not isinstance(earlier, scldm_vae.Config):
+            raise UserError(f"{self.vae} is no autoencoder", expected="a run of scldm_vae")
+        return replace(self, autoencoder=earlier)
+
+
+def default() -> Recipe:
+    """Return what is best for some hundred genes on two CPU cores, in minutes."""
+    first = scldm_vae.default()
+    assert isinstance(first.model, scldm_vae.Config)
+    return Recipe(
+        model=Config(width=128, layers=4, heads=4, autoencoder=first.model, stage_one=first.train),
+        train=Training(
+            steps=2000, sets=16, cells=16, lr=1e-3, final_lr=1e-4, warmup=100, clip=10.0, ema=0.999,
+            optimizer="adamw",
+        ),
+    )  # fmt: skip
+
+
+def paper() -> Recipe:
+    """Return what was released for perturbations: 10 million parameters, conditions hidden together.
+
+    The average of the weights is used for sampling; the released program keeps one and samples without it.
+    """
+    first = scldm_vae.paper()
+    assert isinstance(first.model, scldm_vae.Config)
+    return Recipe(
+        model=Config(
+            autoencoder=first.model, stage_one=first.train, hide="all", hidden=0.8, left_per="batch",
+            solver="dopri5", library="condition",
+        ),
+        train=Training(
+            steps=56_500, sets=128, cells=1, by_cells=True, lr=5e-4, final_lr=5e-5, warmup=5_650, warmup_from=0.01,
+            clip=10.0, optimizer="adamw", ema=0.9999, ema_every=10, ema_start=10_000, ema_ramp="power",
+        ),
+    )  # fmt: skip
+
+
+def small() -> Recipe:
+    """Return a model for tests: some seconds on one core."""
+    first = scldm_vae.small()
+    assert isinstance(first.model, scldm_vae.Config)
+    return Recipe(
+        model=Config(width=16, layers=1, heads=2, autoencoder=first.model, stage_one=first.train, steps=5),
+        train=Training(steps=100, sets=4, cells=16, lr=3e-3, warmup=10, clip=10.0, ema=0.95),
+    )
+
+
+class LatentFlow(Model):
+    """A flow of latent tokens; its autoencoder is frozen, and a part of it."""
+
+    units = "counts"
+
+    def __init__(self, config: Config, spec: Spec) -> None:
+        super().__init__(spec)
+        self.config = config
+        self.autoencoder = config.autoencoder.build(spec).requires_grad_(requires_grad=False)
+        shape = config.autoencoder.latents, config.autoencoder.latent_width
+        self.network = LatentTransformer(config, *shape)
+        self.conditions = ClassEncoder(spec, config.width)
+        self.sizes = LibrarySizes(spec)
+
+    def fit_statistics(self, train: "Screen") -> None:
+        """Learn library sizes, and note which perturbations and contexts training will have seen."""
+        self.conditions.fit(self.spec.encode(train.labels))
+        sums = {
+            label: np.asarray(train.matrix[rows].sum(axis=1)).ravel() for label, rows in train.rows.items()
+        }
+        self.sizes.fit(sums, self.spec)
+
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Perturbations that were trained, and those with a vector."""
+        return self.conditions.knows(condition.perturbation).all(dim=-1)
+
+    @property
+    def learns_controls(self) -> bool:
+        """Control cells are cells to which nothing was done."""
+        return True
+
+    @property
+    def learns_embedded(self) -> bool:
+        """The autoencoder does not change any more."""
+        return True
+
+    def take(self, earlier: Model) -> None:
+        """Take the autoencoder of the first stage, gene by gene."""
+        copy_named(self.autoencoder, earlier)
+
+    def entries(self) -> dict[str, Names]:
+        """Names of genes, perturbations and levels."""
+        found = {f"autoencoder.{key}": names for key, names in self.autoencoder.entries().items()}
+        return found | {
+            f"conditions.{key}": names for key, names in self.conditions.entries(self.spec).items()
+        }
+
+    def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
+        """Squared error of the velocity at a random time."""
+        data = self.embed(batch.target.flatten(0, 1)) if batch.embedded is None else batch.embedded
+        x1 = data.view(*batch.target.shape[:2], *self.shape)
+        x0 = torch.randn(x1.shape, generator=rng, device=x1.device, dtype=x1.dtype)
+        t = torch.rand(x1.shape[:2], generator=rng, device=x1.device, dtype=x1.dtype)
+        errors = self.errors(x0, x1, t, batch.condition, self._hide(x1.shape[:2], rng))
+        counted = torch.ones_like(errors) if batch.real is None else batch.real.to(errors.dtype)
+        return {"total": (errors * counted).sum() / counted.sum().clamp_min(1)}
+
+    def errors(
+        self,
+        x0: Float[Tensor, "sets cells latents latent"],
+        x1: Float[Tensor, "sets cells latents latent"],
+        t: Float[Tensor, "sets cells"],
+        condition: Condition,
+        given: Bool[Tensor, "sets cells classes"],
+    ) -> Float[Tensor, "sets cells"]:
+        """Squared error of the velocity on the way from noise to latents, a mean over their entries."""
+        state = flow.interpolate(x0.flatten(2), x1.flatten(2), t).view(x1.shape)
+        told = self.conditions(condition, given) + self.tell(t)
+        wanted = flow.velocity(x0, x1)
+        return (self.network(state, told) - wanted).square().mean(dim=(-2, -1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Latent tokens of a cell, and numbers of each."""
+        return self.config.autoencoder.latents, self.config.autoencoder.latent_width
+
+    def tell(self, t: Float[Tensor, "sets cells"]) -> Float[Tensor, "sets cells dim"]:
+        """Encode times."""
+        return self.network.time(t.flatten()).unflatten(0, t.shape)
+
+    @torch.no_grad()
+    def embed(self, cells: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells dim"]:
+        """Latent tokens of cells, side by side."""
+        return self.autoencoder.embed(cells)
+
+    def sample(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Draw cells; of control cells, only their library sizes are used, if at all."""
+        classes = 1 + len(self.spec.covariates)
+        given = torch.ones(len(control), classes, dtype=torch.bool, device=control.device)
+        sizes = control.sum(-1) if self.config.library == "control" else None
+        return self._draw(condition, given, control[..., 0], sizes, noise)
+
+    def generate(
+        self, condition: Condition, given: Bool[Tensor, "sets classes"], cells: int, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Draw cells under the classes that are given; without any, cells of no condition in particular."""
+        like = self.network.places.new_zeros(len(given), cells)
+        return self._draw(condition, given, like, None, noise)
+
+    def flow(
+        self,
+        z: Float[Tensor, "sets cells latents latent"],
+        condition: Condition,
+        given: Bool[Tensor, "sets classes"],
+    ) -> Float[Tensor, "sets cells latents latent"]:
+        """Move noise to latents."""
+        velocity = self.field(condition, given)
+        if self.config.solver == "dopri5":
+            return solve.adaptive(velocity, z, 0.0, 1.0, self.config.tolerance)
+        times = torch.linspace(0, 1, self.config.steps + 1, device=z.device, dtype=z.dtype)
+        return solve.integrate(velocity, z, times, self.config.solver)
+
+    def field(self, condition: Condition, given: Bool[Tensor, "sets classes"]) -> solve.Field:
+        """Guided velocity; its passes are computed side by side, and none that changes nothing."""
+        passes = self.passes(given.shape[1])
+        shown = torch.stack([given & given.new_tensor(mask) for mask in passes], dim=1)
+        encoded = self.conditions(condition, shown).transpose(0, 1).flatten(0, 1)[:, None]
+        shares = list(passes.values())
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            told = encoded + self.tell(t.expand(1, 1))
+            found = self.network(z.repeat(len(shares), 1, 1, 1), told).unflatten(0, (len(shares), -1))
+            return (
+                sum(share * one for share, one in zip(shares[1:], found[1:], strict=True))
+                + shares[0] * found[0]
+            )
+
+        return velocity
+
+    def passes(self, classes: int) -> dict[tuple[bool, ...], float]:
+        """Classes that each pass of the network is told, and the share of its velocity."""
+        weights = self.config.weights or (1.0,) * classes
+        every, none = (True,) * classes, (False,) * classes
+        shares: Counter[tuple[bool, ...]] = Counter()
+        if self.config.guidance == "joint":
+            shares[every] += sum(weights) / classes
+        else:
+            for i, weight in enumerate(weights):
+                shares[tuple(j == i for j in range(classes))] += weight
+        shares[none] += 1 - sum(shares.values())
+        kept = {mask: share for mask, share in shares.items() if share}
+        return kept or {none: 1.0}
+
+    def _draw(
+        self,
+        condition: Condition,
+        given: Bool[Tensor, "sets classes"],
+        like: Float[Tensor, "sets cells"],
+        sizes: Float[Tensor, "sets cells"] | None,
+        noise: Noise,
+    ) -> Float[Tensor, "sets cells genes"]:
+        z = noise.normal(like.new_zeros(*like.shape, *self.shape))
+        if sizes is None:
+            sizes = self.sizes(condition, given, noise, like)
+        z = self.flow(z, condition, given)
+        return self.autoencoder.draw(z, sizes, noise if self.config.counts == "sampled" else None)
+
+    def _hide(self, shape: torch.Size, rng: torch.Generator) -> Bool[Tensor, "sets cells classes"]:
+        """Draw what each cell is told."""
+        classes, config = 1 + len(self.spec.covariates), self.config
+        coins = torch.rand(*shape, classes, generator=rng, device=rng.device) >= config.hidden
+        if config.hide == "each":
+            return coins
+        if config.hide == "all":
+            return coins[..., :1].expand_as(coins)
+        drawn = shape if config.left_per == "cell" else (1, 1)
+        left = torch.randint(classes, drawn, generator=rng, device=rng.device)
+        return (torch.arange(classes, device=rng.device) == left[..., None]) & coins[..., :1]

@@ -99,7 +99,7 @@ def test_a_condition_with_one_cell_is_named(make):
     lonely = make.cells(["control", "A", "B", "A+B"])[:91].copy()
     screen = make.screen(lonely)
     truth = Truth.of(screen, make.split(screen, lambda label: label.perturbation == "A+B"))
-    assert truth.notes == ("one real cell, so no variance and no energy distance: A+B",)
+    assert truth.notes == ("one real cell, so no variance and no distance between populations: A+B",)
 
 
 # ---- counts ----------------------------------------------------------------------------------------

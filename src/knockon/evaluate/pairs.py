@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from knockon.data import conventions, prepare, values
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
+from knockon.evaluate.space import TOTAL, Space
 from knockon.types import Label, Units, UserError
 
 Context = tuple[str, ...]
@@ -35,6 +36,11 @@ class Truth:
         The scored conditions: the rows of everything here.
     cells
         Real cells of each.
+    half
+        Half of the number of real cells of each, which is what a replicate has on either side; kept where
+        ``cells`` are halved.
+    space
+        For comparing whole cells.
     control, centroid, candidates, own, rivals
         See ``metrics.Evidence``. In a context without training perturbations, the centroid is its
         control moved by the average change of the training perturbations in their own contexts.
@@ -47,6 +53,8 @@ class Truth:
     units: Units
     labels: tuple[Label, ...]
     cells: tuple[sp.csr_matrix, ...]
+    half: Int[np.ndarray, "conditions"]
+    space: Space
     control: Float[np.ndarray, "conditions genes"]
     centroid: Float[np.ndarray, "conditions genes"]
     candidates: Float[np.ndarray, "candidates genes"]
@@ -77,6 +85,8 @@ class Truth:
             units=units,
             labels=test,
             cells=tuple(_cells(screen, screen.rows[label]) for label in test),
+            half=np.array([len(screen.rows[label]) // 2 for label in test]),
+            space=Space(train=screen.select((*train, *screen.controls))),
             control=np.stack([controls[label.covariates] for label in test]),
             centroid=np.stack([centroids[label.covariates] for label in test]),
             candidates=np.stack([means[label] for label in screen.conditions]),
@@ -93,6 +103,7 @@ class Truth:
             self,
             labels=tuple(label for label in self.labels if label in wanted),
             cells=tuple(cells for cells, keep in zip(self.cells, kept, strict=True) if keep),
+            half=self.half[kept],
             control=self.control[kept],
             centroid=self.centroid[kept],
             own=self.own[kept],
@@ -236,10 +247,11 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if units == "counts":
-        notes.append(f"counts are compared as log1p of counts per {screen.total:g}, on both sides")
+        per = f"{screen.total:g} (suite generation: {TOTAL:,g})"
+        notes.append(f"counts are compared as log1p of counts per {per}, on both sides")
     alone = [str(label) for label in test if len(screen.rows[label]) == 1]
     if alone:
-        notes.append(f"one real cell, so no variance and no energy distance: {', '.join(alone)}")
+        notes.append(f"one real cell, so no variance and no distance between populations: {', '.join(alone)}")
     uncontrolled = sorted({str(label.control()) for label in test if label.control() not in screen.rows})
     if uncontrolled:
         notes.append(f"all controls serve where a context has none: {', '.join(uncontrolled)}")

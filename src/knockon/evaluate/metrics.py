@@ -250,7 +250,7 @@ class Metric:
     name
         As in every table.
     function
-        Fields of ``Evidence`` in, one value per condition out.
+        Fields of its suite's evidence (here ``Evidence``) in, one value per condition out.
     direction
         Whether higher or lower values are better.
     best
@@ -258,21 +258,23 @@ class Metric:
     noise
         How the sampling of finitely many cells enters, by which a ceiling that was measured between
         halves is carried over to whole conditions: as a variance (``square``), as a standard deviation
-        (``root``), as an unreliability (``reliability``), or not in the mean (``none``).
+        (``root``), as an unreliability (``reliability``), as a variance in ratio to a spread that has
+        half of it (``determination``), or alike in both (``none``): because it is not in the mean, or
+        because the suite compares no more cells than a half has.
     """
 
     name: str
     function: Callable[..., Values]
     direction: Literal["higher", "lower"]
     best: float
-    noise: Literal["square", "root", "reliability", "none"]
+    noise: Literal["square", "root", "reliability", "determination", "none"]
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The fields of ``Evidence`` that it looks at."""
+        """The fields of its suite's evidence that it looks at."""
         return tuple(signature(self.function).parameters)
 
-    def __call__(self, evidence: Evidence) -> Values:
+    def __call__(self, evidence: object) -> Values:
         """Score every condition."""
         return self.function(*(getattr(evidence, name) for name in self.needs))
 

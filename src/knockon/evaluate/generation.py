@@ -1,0 +1,226 @@
+"""How far generated cells are from real ones as populations: pure functions, and the tuple ``METRICS``.
+
+``x`` are predicted and ``y`` real cells as points of one space (``space.Space``), equally many of both. All
+distances are Euclidean and all depend on the number of cells, so that a value can only be read beside those
+of other predictions with as many, such as the anchors.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from knockon.evaluate.metrics import FLAT, Means, Metric, Values
+
+Points = Float[np.ndarray, "cells dims"]
+Others = Float[np.ndarray, "others dims"]
+Sample = Float[np.ndarray, "_ dims"]  # conditions need not have equally many
+
+BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Standard deviations of the Gaussian kernels of ``mmd2``, in units of the space."""
+NEIGHBORS = 3
+"""Which neighbor's distance is the radius of a ball in ``precision`` and ``recall``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evidence:
+    """What metrics of generation look at; one row, or one array of points, for each scored condition.
+
+    Parameters
+    ----------
+    predicted_points, real_points
+        Cells in the space, equally many on both sides.
+    predicted, real
+        Means over all cells, in the units that the space is made of.
+    predicted_variance, real_variance
+        Unbiased variances of the same; NaN where a real condition has one cell, 0 where a predicted one has.
+    predicted_zeros, real_zeros
+        Fractions of cells that are exactly 0.
+    """
+
+    predicted_points: Sequence[Sample]
+    real_points: Sequence[Sample]
+    predicted: Means
+    real: Means
+    predicted_variance: Means
+    real_variance: Means
+    predicted_zeros: Means
+    real_zeros: Means
+
+
+# ---- two samples of points -------------------------------------------------------------------------
+
+
+def w2(x: Points, y: Points) -> float:
+    """2-Wasserstein distance of two samples of equal size: the root of the exact cost of transport.
+
+    The ground cost is the squared distance, and the mean is taken over cells. Equal samples of equal
+    weights have an optimal plan that is a permutation, so the assignment problem is exact and nothing is
+    regularized. In the units of the space; 0 for equal samples only. Two samples of one population are
+    far from 0, the more so the fewer cells and the more dimensions.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} and {len(y)} cells have no permutation as a plan")
+    cost = cdist(x, y, "sqeuclidean")
+    return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))
+
+
+def frechet(x: Points, y: Others) -> float:
+    """Fréchet distance of two Gaussians with the means m and covariances S of the samples.
+
+    |m_x - m_y|^2 + Tr(S_x + S_y - 2 (S_x S_y)^(1/2)) [dowson1982, heusel2017]: a square, and not its root.
+    Covariances are unbiased. The trace of the root of a product is the sum of the singular values of the
+    product of the roots, which needs no root of a matrix that is not symmetric.
+    """
+    between = np.square(x.mean(axis=0) - y.mean(axis=0)).sum()
+    covariances = _covariance(x), _covariance(y)
+    spread = sum(np.trace(covariance) for covariance in covariances)
+    shared = np.linalg.norm(_root(covariances[0]) @ _root(covariances[1]), "nuc")
+    return float(between + spread - 2 * shared)
+
+
+def _covariance(x: Points) -> Float[np.ndarray, "dims dims"]:
+    around = x - x.mean(axis=0)
+    return around.T @ around / (len(x) - 1)
+
+
+def _root(covariance: Float[np.ndarray, "dims dims"]) -> Float[np.ndarray, "dims dims"]:
+    """Symmetric root; rounding below 0 is 0, since fewer cells than dimensions leave directions flat."""
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+def mmd2(x: Points, y: Others, bandwidths: Sequence[float] = BANDWIDTHS) -> float:
+    """Squared maximum mean discrepancy, unbiased, under a sum of Gaussian kernels [gretton2012, eq. 3].
+
+    k(a, b) = sum over s of exp(-|a - b|^2 / (2 s^2)), with the bandwidths s = 1, 2, 4, 8, 16 of the space:
+    a sum and not a mean, so at most twice their number. Pairs of different cells only within a sample: 0 on
+    average for two samples of one population, and then negative half of the time.
+    """
+    within = [(_kernel(z, z, bandwidths).sum() - len(z) * len(bandwidths)) for z in (x, y)]
+    means = [total / (len(z) * (len(z) - 1)) for total, z in zip(within, (x, y), strict=True)]
+    return float(means[0] + means[1] - 2 * _kernel(x, y, bandwidths).mean())
+
+
+def _kernel(x: Points, y: Others, bandwidths: Sequence[float]) -> Float[np.ndarray, "cells others"]:
+    squares = cdist(x, y, "sqeuclidean")
+    return np.sum([np.exp(squares / (-2 * width**2)) for width in bandwidths], axis=0)
+
+
+def nn_accuracies(x: Points, y: Others) -> tuple[float, float]:
+    """Leave-one-out accuracies of a classifier by the nearest neighbor, of ``x`` and of ``y``.
+
+    For equally many cells their mean is the accuracy of the two-sample test [lopezpaz2017]: 1 for samples
+    far from each other, about .5 for two of one population, 0 for copies. Neighbors at exactly the same
+    distance share the vote.
+    """
+    pooled = np.concatenate([x, y])
+    distances = cdist(pooled, pooled)
+    np.fill_diagonal(distances, np.inf)
+    nearest = distances == distances.min(axis=1, keepdims=True)
+    votes = nearest[:, : len(x)].sum(axis=1) / nearest.sum(axis=1)
+    return float(votes[: len(x)].mean()), float(1 - votes[len(x) :].mean())
+
+
+def nn_accuracy_error(x: Points, y: Others) -> float:
+    """Distance from .5 of the accuracy by which the nearest neighbor tells predicted from real cells.
+
+    Leave-one-out, |accuracy - .5| for predicted and for real cells, then the mean of the two: from 0 to .5.
+    Where both are on one side of .5, it is that of the pooled accuracy of published tables. That accuracy is
+    near .5 also for cells that all lie near the mean, which are the neighbors of each other (1) and in many
+    dimensions those of real cells, too (0): here such errors do not cancel.
+    """
+    return float(np.mean([abs(accuracy - 0.5) for accuracy in nn_accuracies(x, y)]))
+
+
+def precision(x: Points, y: Others) -> float:
+    """Fraction of predicted cells that lie within the manifold of real cells, so are realistic.
+
+    The manifold is the union of balls around cells, each as large as the distance to its third nearest
+    neighbor, or to its last where there are fewer [kynkaanniemi2019]. 1 for cells that all lie near the mean:
+    read it with ``recall``.
+    """
+    return _covered(x, y)
+
+
+def recall(x: Points, y: Others) -> float:
+    """Fraction of real cells that lie within the manifold of predicted cells, so are covered.
+
+    See ``precision``. 1 for cells that are spread too widely: read it with ``precision``.
+    """
+    return _covered(y, x)
+
+
+def _covered(points: Points, manifold: Others) -> float:
+    neighbor = min(NEIGHBORS, len(manifold) - 1)
+    radii = np.partition(cdist(manifold, manifold), neighbor, axis=1)[:, neighbor]  # place 0 is the cell
+    return float((cdist(points, manifold) <= radii).any(axis=1).mean())
+
+
+# ---- genes -----------------------------------------------------------------------------------------
+
+
+def mean_r2(predicted: Means, real: Means) -> Values:
+    """Coefficient of determination of the means of genes; see ``r2``."""
+    return r2(predicted, real)
+
+
+def variance_r2(predicted_variance: Means, real_variance: Means) -> Values:
+    """Coefficient of determination of the variances of genes over cells; see ``r2``."""
+    return r2(predicted_variance, real_variance)
+
+
+def zero_fraction_r2(predicted_zeros: Means, real_zeros: Means) -> Values:
+    """Coefficient of determination of the fractions of cells in which genes are 0; see ``r2``."""
+    return r2(predicted_zeros, real_zeros)
+
+
+def r2(predicted: Means, real: Means) -> Values:
+    """Coefficient of determination over genes, with the real values as reference.
+
+    1 - sum (predicted - real)^2 / sum (real - mean of real)^2: the line of identity and not a fitted one, so
+    it is no squared correlation. 1 is best, 0 is one value for all genes, and there is no lower bound. NaN
+    where the real values are missing or all equal.
+    """
+    residual = np.square(predicted - real).sum(axis=1)
+    total = np.square(real - real.mean(axis=1, keepdims=True)).sum(axis=1)
+    varies = total > FLAT**2 * real.shape[1]
+    return np.where(varies, 1 - residual / np.where(varies, total, 1.0), np.nan)
+
+
+# ---- the tuple -------------------------------------------------------------------------------------
+
+
+def _each(
+    between: Callable[[Points, Points], float],
+) -> Callable[[Sequence[Sample], Sequence[Sample]], Values]:
+    """Apply to the points of each condition.
+
+    NaN for one real cell, which has no spread. A predicted one counts as that cell repeated.
+    """
+
+    def scored(predicted_points: Sequence[Sample], real_points: Sequence[Sample]) -> Values:
+        values = np.full(len(real_points), np.nan)
+        for row, (x, y) in enumerate(zip(predicted_points, real_points, strict=True)):
+            if len(y) > 1:
+                values[row] = between(x if len(x) > 1 else np.repeat(x, len(y), axis=0), y)
+        return values
+
+    scored.__doc__ = between.__doc__
+    return scored
+
+
+METRICS = (
+    Metric("w2", _each(w2), "lower", 0.0, "none"),
+    Metric("frechet", _each(frechet), "lower", 0.0, "none"),
+    Metric("mmd2", _each(mmd2), "lower", 0.0, "none"),
+    Metric("nn_accuracy_error", _each(nn_accuracy_error), "lower", 0.0, "none"),
+    Metric("precision", _each(precision), "higher", 1.0, "none"),
+    Metric("recall", _each(recall), "higher", 1.0, "none"),
+    Metric("mean_r2", mean_r2, "higher", 1.0, "determination"),
+    Metric("variance_r2", variance_r2, "higher", 1.0, "determination"),
+    Metric("zero_fraction_r2", zero_fraction_r2, "higher", 1.0, "determination"),
+)

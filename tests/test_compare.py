@@ -42,6 +42,16 @@ def test_the_means_are_of_the_scores(folder: Path) -> None:
         assert line.low - 1e-9 <= line.mean <= line.high + 1e-9
 
 
+def test_generated_cells_are_compared_too(screen: Screen, tmp_path: Path) -> None:
+    comparison = Comparison(models=("nearest",), suite="generation")
+    summary = compare(screen, splits.additive(screen), out=tmp_path, comparison=comparison)
+    assert list(summary["model"].unique()) == ["no_effect", "mean_shift", "additive", "nearest", "ceiling"]
+    means = summary.set_index(["metric", "model"])["mean"]
+    assert means["w2", "ceiling"] < means["w2", "no_effect"]
+    assert means["mean_r2", "ceiling"] > means["mean_r2", "no_effect"]
+    assert "w2 ↓" in list(render(summary).columns[0].cells)
+
+
 def test_only_what_is_missing_is_done_again(screen: Screen, folder: Path) -> None:
     files = [*folder.glob("runs/*/weights.safetensors"), *folder.glob("predictions/*.h5ad")]
     before = [file.stat().st_mtime_ns for file in files]

@@ -20,7 +20,7 @@ from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen, read
-from knockon.evaluate import report, scores, tables
+from knockon.evaluate import report, scores, suites, tables
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.progress import bar
@@ -221,7 +221,7 @@ class Evaluate(Command):
     """A kind of split, or a .json; its test conditions are scored."""
     out: Path
     """Folder for scores.csv and summary.csv."""
-    suite: Literal["core"] = "core"
+    suite: suites.Name = "core"
     """Which metrics, by which conventions."""
     seed: int = 0
     """Seed of the halves of the ceiling and of the baselines' cells."""

@@ -42,7 +42,7 @@ class Comparison:
     """Training steps of every model that has any; each preset's own without it."""
     seed: int = 0
     """Seed of training, prediction and the ceiling."""
-    suite: str = "core"
+    suite: suites.Name = "core"
     """Which metrics, by which conventions."""
     fallback: str | None = None
     """Baseline that answers for the conditions that a model has no basis to predict; without one, such a

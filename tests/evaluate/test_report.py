@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from knockon.evaluate import report, tables
-from knockon.evaluate.metrics import METRICS
+from knockon.evaluate.suites import METRICS
 from knockon.types import UserError
 
 HOSTILE = "<b onclick='x()'>$\\alpha$ & \"co\""

@@ -1,9 +1,11 @@
+from typing import get_args
+
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from knockon.evaluate import suites
+from knockon.evaluate import generation, suites
 from knockon.evaluate.metrics import METRICS
 from knockon.evaluate.pairs import Pairs, Truth
 from knockon.evaluate.suites import SUITES, score
@@ -111,4 +113,62 @@ def test_discrimination_is_left_out_without_rivals(make):
 def test_an_unknown_suite_is_refused(screen, split, prediction):
     with pytest.raises(UserError, match="Unknown suite vcc"):
         score(Pairs.of(prediction, screen, split), "vcc")
-    assert [suite.name for suite in SUITES] == ["core"]
+    assert [suite.name for suite in SUITES] == list(get_args(suites.Name)) == ["core", "generation"]
+
+
+def test_names_of_metrics_are_unique():
+    names = [metric.name for metric in suites.METRICS]
+    assert len(set(names)) == len(names)
+
+
+# ---- generation ------------------------------------------------------------------------------------
+
+
+def test_scores_of_generation_are_complete_deterministic_and_apart(screen, split, prediction):
+    truth = Truth.of(screen, split)
+    twice = [score(Pairs.align(prediction, truth), "generation") for _ in range(2)]
+    pd.testing.assert_frame_equal(*twice)
+    assert list(twice[0]["metric"].unique()) == [metric.name for metric in generation.METRICS]
+    assert len(twice[0]) == 3 * len(generation.METRICS)
+    one = score(Pairs.align(prediction, truth.select(truth.labels[1:2])), "generation")
+    alone = twice[0][twice[0]["condition"] == "B+C"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(one, alone)
+
+
+def test_a_replicate_beats_every_adversary_in_generation(make, screen, split):
+    truth = Truth.of(screen, split)
+    scored = {
+        name: wide(score(Pairs(truth=truth, cells=tuple(sp.csr_matrix(x) for x in cells)), "generation"))
+        for name, cells in variants(make, screen, truth)
+    }
+    assert all(values.notna().all(axis=None) for values in scored.values())
+    best = scored.pop("replicate").mean()
+    for name, values in scored.items():
+        means = values.mean()
+        for metric in generation.METRICS[:4] + generation.METRICS[6:]:
+            better = best[metric.name] - means[metric.name]
+            assert (better if metric.direction == "higher" else -better) > 0, (name, metric.name)
+        both = values[["precision", "recall"]].min(axis=1).mean()  # either alone can be had for nothing
+        assert both < best[["precision", "recall"]].min() - 0.2, name
+    assert scored["one mean"]["precision"].mean() == 1
+    assert scored["mean for all"]["recall"].mean() == 1
+
+
+def test_cells_are_as_many_as_a_half_has(make, screen, split, prediction, caplog):
+    truth = Truth.of(screen, split)
+    assert truth.half.tolist() == [15, 15, 15]
+    found = suites._generation(Pairs.align(prediction, truth), 256)
+    assert {len(x) for x in (*found.predicted_points, *found.real_points)} == {15}
+    assert {len(x) for x in suites._generation(Pairs.align(prediction, truth), 9).real_points} == {9}
+    assert not caplog.text
+    few = make.cells(["A+B", "B+C", "C+D"], cells=14, seed=1)
+    suites._generation(Pairs.align(few, truth), 256)
+    assert "3 of 3 conditions have fewer predicted cells than the anchors" in caplog.text
+    assert "predict 15 cells" in caplog.text
+
+
+def test_of_one_real_cell_generation_keeps_means_and_zeros(make):
+    lonely = make.screen(make.cells(["control", "A", "B", "A+B"])[:91].copy())
+    split = make.split(lonely, lambda label: label.perturbation == "A+B")
+    scores = score(Pairs.of(make.cells(["A+B"], seed=1), lonely, split), "generation")
+    assert set(scores["metric"]) == {"mean_r2", "zero_fraction_r2"}

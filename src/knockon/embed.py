@@ -52,6 +52,6 @@ def table(model: Model, screen: Screen) -> Float[Tensor, "rows dim"]:
     """Embed the cells of all conditions of a screen, in a table with a row for every row of its matrix."""
     rows = np.sort(np.concatenate(list(screen.rows.values())))
     made = embed(model, screen, rows)
-    whole = made.new_zeros(int(screen.matrix.shape[0]), made.shape[1])
+    whole = made.new_zeros(len(screen.cells), made.shape[1])
     whole[torch.from_numpy(rows)] = made
     return whole

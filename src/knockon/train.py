@@ -22,13 +22,22 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.data.vectors import read_vectors
 from knockon.dynamics.discrepancy import energy_distance
+from knockon.embed import table
 from knockon.files import digest
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class
 from knockon.predict import draw, refuse_unknown
 from knockon.progress import bar
-from knockon.embed import table
 from knockon.run import (
-    LOG, RECORD, SPLIT, Record, Run, resolve_device, save_run, stored, versions, write_spec,
+    LOG,
+    RECORD,
+    SPLIT,
+    Record,
+    Run,
+    resolve_device,
+    save_run,
+    stored,
+    versions,
+    write_spec,
 )  # fmt: skip
 from knockon.types import Label, UserError
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from knockon.data.splits import Split
 from knockon.files import read_json
 from knockon.model import Model, copy_named

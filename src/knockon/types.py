@@ -220,7 +220,8 @@ class Noise:
         self, mean: Float[Tensor, "sets *shape"], inverse: Float[Tensor, "sets *shape"]
     ) -> Float[Tensor, "sets *shape"]:
         """Draw counts of variance ``mean + mean^2 / inverse``: Poisson counts of gamma rates."""
-        gamma = [torch._standard_gamma(x, generator=g) for x, g in self._parts(inverse)]  # noqa: SLF001 (torch.distributions takes no generator)
+        # torch.distributions takes no generator
+        gamma = [torch._standard_gamma(x, generator=g) for x, g in self._parts(inverse)]  # pyright: ignore[reportPrivateImportUsage]
         return self.poisson(torch.cat(gamma) * mean / inverse)
 
     def _draw(self, like: Tensor, draw: Callable[..., Tensor]) -> Tensor:

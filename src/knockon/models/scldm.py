@@ -4,7 +4,7 @@ The second stage: ``scldm_vae`` is the first. Cells are latent tokens; a transfo
 noise to them under what was done and each covariate, any of which may be hidden. See docs/models/scldm.md.
 """
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -270,7 +270,7 @@ class LatentFlow(Model):
         """Classes that each pass of the network is told, and the share of its velocity."""
         weights = self.config.weights or (1.0,) * classes
         every, none = (True,) * classes, (False,) * classes
-        shares: Counter[tuple[bool, ...]] = Counter()
+        shares: defaultdict[tuple[bool, ...], float] = defaultdict(float)
         if self.config.guidance == "joint":
             shares[every] += sum(weights) / classes
         else:
@@ -289,10 +289,9 @@ class LatentFlow(Model):
         noise: Noise,
     ) -> Float[Tensor, "sets cells genes"]:
         z = noise.normal(like.new_zeros(*like.shape, *self.shape))
-        if sizes is None:
-            sizes = self.sizes(condition, given, noise, like)
+        drawn = self.sizes(condition, given, noise, like) if sizes is None else sizes
         z = self.flow(z, condition, given)
-        return self.autoencoder.draw(z, sizes, noise if self.config.counts == "sampled" else None)
+        return self.autoencoder.draw(z, drawn, noise if self.config.counts == "sampled" else None)
 
     def _hide(self, shape: torch.Size, rng: torch.Generator) -> Bool[Tensor, "sets cells classes"]:
         """Draw what each cell is told."""

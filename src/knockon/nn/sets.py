@@ -66,7 +66,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "cells tokens dim"]) -> Float[Tensor, "cells tokens dim"]:
         """Attend."""
-        context = functional.scaled_dot_product_attention(*split_heads(self.inputs(x), 3, self.heads))
+        queries, keys, values = split_heads(self.inputs(x), 3, self.heads)
+        context = functional.scaled_dot_product_attention(queries, keys, values)
         return self.out(context.transpose(1, 2).flatten(-2))
 
 

@@ -160,7 +160,7 @@ def test_patience_stops_and_the_best_weights_are_kept(
     screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 1.0, 2.0, 1.5, 0.0])
-    monkeypatch.setattr(sys.modules[train.__module__], "_distance_to", lambda *_: next(scores))
+    monkeypatch.setattr(sys.modules[train.__module__], "_judge", lambda *_: next(scores))
     stopped = train(
         recipe(steps=40, patience=2, schedule="constant"), screen, split, out=tmp_path / "stopped"
     )

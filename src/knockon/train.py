@@ -277,7 +277,6 @@ def _optimize(
     module.mark_forward_method("loss")
     objective = torch.compile(module.loss) if training.compile else module.loss
     sampler = _sampler(screen, network, split, training, fabric.device)
-    score = _loss_on if training.validate_by == "loss" else _distance_to
     validation = tuple(label for label in split.validation if len(screen.rows[label]) > 1)
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with (
@@ -308,7 +307,7 @@ def _optimize(
                 fabric.log_dict(values, state.step)
                 text = f"loss {values['total']:.4f}"
             if _due(state.step, training.validate_every) and validation:
-                state.judge(score(state.predictor, screen, validation, training))
+                state.judge(_judge(state.predictor, screen, validation, training))
                 network.train()
                 journal.write(state.step, validation=state.score)
             if _due(state.step, training.checkpoint_every):
@@ -391,8 +390,14 @@ def _follow(average: Model, network: Model, kept: float) -> None:
             mean.lerp_(current, 1 - kept)
 
 
+def _judge(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
+    """Score on validation conditions; lower is better."""
+    by = _loss_on if training.validate_by == "loss" else _distance_to
+    return by(model, screen, labels, training)
+
+
 def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
-    """Mean energy distance between generated and real cells of validation conditions; lower is better.
+    """Mean energy distance between generated and real cells of validation conditions.
 
     Counts are compared as log1p of counts per 10,000.
     """
@@ -408,7 +413,7 @@ def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], traini
 
 @torch.no_grad()
 def _loss_on(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
-    """Mean loss on cells of validation conditions, with the same draws each time; lower is better."""
+    """Mean loss on cells of validation conditions, with the same draws each time."""
     device = next(model.parameters()).device
     sampler = Sampler(
         screen, model.spec, conditions=labels, sets=training.sets, cells=training.cells, seed=training.seed,

@@ -234,13 +234,12 @@ def test_gradients_of_the_autoencoder(exact, embedding, tile, monkeypatch):
     stored = exact.weights(f"ae/grads/{embedding}/")
     wanted = scldm_vae.from_released(stored, exact.spec)
     for name, parameter in model.named_parameters():
-        row = (1,) * (parameter.ndim - 1)
         largest = wanted[name].abs().max()
         if name == "counts.table.weight":
             largest = wanted[name].abs().amax(1, keepdim=True).clamp_min(1e-12)
         torch.testing.assert_close(
             parameter.grad / largest, (wanted[name] / largest).double(), rtol=0, atol=1e-6,
-            msg=lambda text, name=name: f"{name} {row}: {text}",
+            msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip
 
 
@@ -337,8 +336,9 @@ def test_a_training_step(exact, mode):
     wanted = scldm.from_released(exact.weights(f"train/{mode}/grads/"), exact.spec, CLASSES)
     for name, parameter in model.named_parameters():
         if not name.startswith("autoencoder"):
+            atol = 1e-4 * max(1e-6, wanted[name].abs().max().item())
             torch.testing.assert_close(
-                parameter.grad, wanted[name].double(), rtol=0, atol=1e-4 * max(1e-6, wanted[name].abs().max().item()),
+                parameter.grad, wanted[name].double(), rtol=0, atol=atol,
                 msg=lambda text, name=name: f"{name}: {text}",
             )  # fmt: skip
 
@@ -401,6 +401,8 @@ def test_learning_rates(exact, stage, preset):
     training = replace(preset().train, steps=steps, warmup=warmup, plateau=held)
     assert training.lr == float(exact.arrays[f"lr/{stage}/base_lr"])
     for step, truth in zip(exact.arrays[f"lr/{stage}/steps"], exact.arrays[f"lr/{stage}/lr"], strict=True):
+        if step >= steps:  # there is no such update
+            continue
         assert learning_rate(int(step), training) == pytest.approx(float(truth), rel=1e-12)
 
 

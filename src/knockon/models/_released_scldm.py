@@ -40,10 +40,10 @@ FLOW = (
 
 
 def autoencoder_from_released(weights: Weights, spec: Spec) -> dict[str, Tensor]:
-    """Parameters of a ``SetAutoencoder`` from those of a released checkpoint, without the prefix of its names.
+    """Parameters of a ``SetAutoencoder`` from those of a released checkpoint, without prefixes.
 
-    Linear in the weights, so gradients are translated as well. Left out are a frozen table of zeros and what has
-    no effect: the bias of logits, of which all genes have the same, and the dispersion of no gene.
+    Linear in the weights, so gradients are translated as well. Left out are a frozen table of zeros and what
+    has no effect: the bias of logits, of which all genes have the same, and the dispersion of no gene.
 
     Raises
     ------
@@ -65,8 +65,8 @@ def from_released(weights: Weights, spec: Spec, classes: Sequence[str]) -> dict[
     weights
         By their released names, without a prefix.
     spec
-        Perturbations and levels in the order of the checkpoint's tables. Its table of perturbations has no row of
-        nothing, which gets zeros.
+        Perturbations and levels in the order of the checkpoint's tables. Its table of perturbations has no row
+        of nothing, which gets zeros.
     classes
         Released names of the class of perturbations and of those of the spec's covariates.
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LatentArchitecture, ModelConfig):
-    """The flow: its network (``LatentArchitecture``), its autoencoder, its conditions and its way of sampling."""
+    """The flow: its network (``LatentArchitecture``), its autoencoder, its conditions, its way of sampling."""
 
     vae: str = ""
     """Run folder of the autoencoder; without one it is trained first, into ``vae`` of the run folder."""
@@ -47,13 +47,13 @@ class Config(LatentArchitecture, ModelConfig):
     left_per: Literal["cell", "batch"] = "cell"
     """With ``all_but_one``, the class that is left is drawn for each cell, or once for a batch."""
     guidance: Literal["joint", "additive"] = "joint"
-    """Velocities are moved from the unconditioned one towards the one that knows all classes, or by the sum of
-    what each class changes alone."""
+    """Velocities are moved from the unconditioned one towards the one that knows all classes, or by the sum
+    of what each class changes alone."""
     weights: tuple[float, ...] = ()
-    """Weight of what was done and of each covariate; 1, the plain condition, without. With ``joint``, their mean
-    counts."""
+    """Weight of what was done and of each covariate; 1, the plain condition, without. With ``joint``, their
+    mean counts."""
     solver: Literal["euler", "midpoint", "heun", "rk4", "rk4_38", "dopri5"] = "heun"
-    """How the flow is solved; ``dopri5`` chooses its steps, and cells that are generated together share them."""
+    """How the flow is solved; ``dopri5`` chooses steps, which cells that are generated together share."""
     steps: int = 10
     """Steps of the others."""
     tolerance: float = 1e-5
@@ -61,8 +61,8 @@ class Config(LatentArchitecture, ModelConfig):
     counts: Literal["sampled", "means"] = "sampled"
     """Counts are drawn from the negative binomial, or are its means."""
     library: Literal["control", "condition"] = "control"
-    """Library sizes are those of the control cells beside (not in the paper), or log-normal ones of the condition
-    or what is nearest to it; cells without control cells have the latter."""
+    """Library sizes are those of the control cells beside (not in the paper), or log-normal ones of the
+    condition or what is nearest to it; cells without control cells have the latter."""
 
     def build(self, spec: Spec) -> "LatentFlow":
         """Make the model.
@@ -119,8 +119,9 @@ def paper() -> Recipe:
             solver="dopri5", library="condition",
         ),
         train=Training(
-            steps=56_500, sets=128, cells=1, by_cells=True, lr=5e-4, final_lr=5e-5, warmup=5_650, warmup_from=0.01,
-            clip=10.0, optimizer="adamw", ema=0.9999, ema_every=10, ema_start=10_000, ema_ramp="power",
+            steps=56_500, sets=128, cells=1, by_cells=True, lr=5e-4, final_lr=5e-5, warmup=5_650,
+            warmup_from=0.01, clip=10.0, optimizer="adamw", ema=0.9999, ema_every=10, ema_start=10_000,
+            ema_ramp="power",
         ),
     )  # fmt: skip
 

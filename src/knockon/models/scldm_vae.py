@@ -1,7 +1,7 @@
 """The autoencoder of scLDM: a cell as a set of genes with counts, and back [palla2025].
 
-A cell is pooled to a few latent tokens by learned queries; from them, the queries of any genes read an expected
-count each. It is the first stage of ``scldm``, and an embedding of cells. See docs/models/scldm.md.
+A cell is pooled to a few latent tokens by learned queries; from them, the queries of any genes read an
+expected count each. It is the first stage of ``scldm``, and an embedding of cells. See docs/models/scldm.md.
 """
 
 from dataclasses import dataclass
@@ -91,8 +91,8 @@ def paper() -> Recipe:
     return Recipe(
         model=Config(embedding="log1p", rates=False),
         train=Training(
-            steps=56_500, sets=128, cells=1, by_cells=True, lr=1e-3, final_lr=1e-4, warmup=5_650, warmup_from=0.01,
-            plateau=0.8, schedule="root", clip=10.0, optimizer="adamw", betas=(0.9, 0.95),
+            steps=56_500, sets=128, cells=1, by_cells=True, lr=1e-3, final_lr=1e-4, warmup=5_650,
+            warmup_from=0.01, plateau=0.8, schedule="root", clip=10.0, optimizer="adamw", betas=(0.9, 0.95),
         ),
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ class SetAutoencoder(Model):
         sizes: Float[Tensor, "cells"],
         genes: Int[Tensor, "#cells queries"] | None = None,
     ) -> tuple[Float[Tensor, "cells queries"], Float[Tensor, "#cells queries"]]:
-        """Expected counts of genes in cells of these library sizes, and their inverse dispersions.
+        """Expect counts of genes in cells of these library sizes; also their inverse dispersions.
 
         With the Gaussian likelihood it is the mean of log1p of counts per 10,000, and its inverse variance.
 
@@ -232,7 +232,7 @@ class SetAutoencoder(Model):
         cells: Float[Tensor, "cells genes"],
         latents: Float[Tensor, "cells latents latent"],
     ) -> Float[Tensor, "cells"]:
-        """Negative log-likelihood of cells, given their library sizes; half of a squared error where Gaussian."""
+        """Negative log-likelihood of cells, given their library sizes; a squared error where Gaussian."""
         with torch.autocast(cells.device.type, enabled=False):
             sizes = cells.sum(-1)
         mean, inverse = self.decode(latents, sizes)

@@ -13,8 +13,8 @@ from knockon.types import Condition, Label, Noise, Spec
 class LibrarySizes(nn.Module):
     """Log-normal library sizes of each training condition, and of what is asked for by what is nearest.
 
-    That is the very condition; else the same perturbations in any context; else the context, whatever was done;
-    else all training cells. There is always an answer.
+    That is the very condition; else the same perturbations in any context; else the context, whatever was
+    done; else all training cells. There is always an answer.
     """
 
     perturbation: Int[Tensor, "rows slots"]

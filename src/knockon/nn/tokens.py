@@ -35,8 +35,8 @@ def all_genes(counts: Float[Tensor, "cells genes"]) -> Tokens:
 def expressed_genes(counts: Float[Tensor, "cells genes"], padded_to: int = 0) -> Tokens:
     """Make a token of every gene with a count, and a last one of no gene.
 
-    The last one counts only in a cell that is empty. Padding that a softmax sees is the same key and value over
-    and over; that is one token whose share is raised by the logarithm of their number, exactly.
+    The last one counts only in a cell that is empty. Padding that a softmax sees is the same key and value
+    over and over; that is one token whose share is raised by the logarithm of their number, exactly.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ TIERS = (
     {"predict", "embed"},
     {"run"},
     {"transfer"},
-    {"checkpoint"},
+    {"checkpoint", "validate"},
     {"train"},
     {"evaluate"},
     {"compare"},

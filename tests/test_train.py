@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from knockon import models
+from knockon import models, validate
 from knockon.checkpoint import CHECKPOINT
 from knockon.cli import main
 from knockon.data import simulate, splits
@@ -160,7 +160,7 @@ def test_patience_stops_and_the_best_weights_are_kept(
     screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 1.0, 2.0, 1.5, 0.0])
-    monkeypatch.setattr(sys.modules[train.__module__], "_judge", lambda *_: next(scores))
+    monkeypatch.setattr(validate, "score", lambda *_: next(scores))
     stopped = train(
         recipe(steps=40, patience=2, schedule="constant"), screen, split, out=tmp_path / "stopped"
     )

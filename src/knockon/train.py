@@ -14,18 +14,17 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-from knockon import models, transfer
+from knockon import models, transfer, validate
 from knockon.checkpoint import CHECKPOINT, Journal, State
 from knockon.data import prepare, splits
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.data.vectors import read_vectors
-from knockon.dynamics.discrepancy import energy_distance
 from knockon.embed import table
 from knockon.files import digest
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class
-from knockon.predict import draw, refuse_unknown
+from knockon.predict import refuse_unknown
 from knockon.progress import bar
 from knockon.run import (
     LOG,
@@ -43,8 +42,6 @@ from knockon.types import Label, UserError
 
 STAGE_ONE = "stage_one"
 """Where in a run folder an earlier stage is trained that was not given."""
-VALIDATION_CONDITIONS = 8
-"""Conditions that a validation generates at most; the first of the split's."""
 
 log = logging.getLogger("knockon")
 
@@ -307,7 +304,7 @@ def _optimize(
                 fabric.log_dict(values, state.step)
                 text = f"loss {values['total']:.4f}"
             if _due(state.step, training.validate_every) and validation:
-                state.judge(_judge(state.predictor, screen, validation, training))
+                state.judge(validate.score(state.predictor, screen, validation, training))
                 network.train()
                 journal.write(state.step, validation=state.score)
             if _due(state.step, training.checkpoint_every):
@@ -388,36 +385,3 @@ def _follow(average: Model, network: Model, kept: float) -> None:
     for mean, current in zip(average.parameters(), network.parameters(), strict=True):
         if current.requires_grad:
             mean.lerp_(current, 1 - kept)
-
-
-def _judge(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
-    """Score on validation conditions; lower is better."""
-    by = _loss_on if training.validate_by == "loss" else _distance_to
-    return by(model, screen, labels, training)
-
-
-def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
-    """Mean energy distance between generated and real cells of validation conditions.
-
-    Counts are compared as log1p of counts per 10,000.
-    """
-    distances = []
-    for label in labels[:VALIDATION_CONDITIONS]:
-        ((drawn, _),) = draw(model, screen, [label], cells=training.validate_cells, seed=training.seed)
-        both = drawn, torch.from_numpy(screen.cells_of(label)).to(drawn.device)
-        if model.units == "counts":
-            both = tuple((1e4 * x / x.sum(-1, keepdim=True).clamp_min(1)).log1p() for x in both)
-        distances.append(float(energy_distance(both[0], both[1])))
-    return float(np.mean(distances))
-
-
-@torch.no_grad()
-def _loss_on(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
-    """Mean loss on cells of validation conditions, with the same draws each time."""
-    device = next(model.parameters()).device
-    sampler = Sampler(
-        screen, model.spec, conditions=labels, sets=training.sets, cells=training.cells, seed=training.seed,
-        device=device, by_cells=training.by_cells,
-    )  # fmt: skip
-    rng = torch.Generator(device).manual_seed(training.seed)
-    return float(np.mean([float(model.loss(sampler.batch(i), rng)["total"]) for i in range(8)]))

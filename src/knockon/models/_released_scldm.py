@@ -65,8 +65,8 @@ def from_released(weights: Weights, spec: Spec, classes: Sequence[str]) -> dict[
     weights
         By their released names, without a prefix.
     spec
-        Perturbations and levels in the order of the checkpoint's tables. Its table of perturbations has no row
-        of nothing, which gets zeros.
+        Perturbations and levels in the order of the checkpoint's tables. Its table of perturbations has no
+        row of nothing, which gets zeros.
     classes
         Released names of the class of perturbations and of those of the spec's covariates.
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LatentArchitecture, ModelConfig):
-    """The flow: its network (``LatentArchitecture``), its autoencoder, its conditions, its way of sampling."""
+    """The flow: its network (``LatentArchitecture``), its autoencoder, conditions and way of sampling."""
 
     vae: str = ""
     """Run folder of the autoencoder; without one it is trained first, into ``vae`` of the run folder."""

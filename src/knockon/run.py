@@ -46,6 +46,8 @@ class Record:
     """SHA-256 of the table of perturbation vectors; empty without one."""
     begun: str = ""
     """SHA-256 of the record of the run whose weights training began with; empty without one."""
+    stage: str = ""
+    """SHA-256 of the record of the earlier stage, where a finished one was given."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the other files of the folder; without the weights until training has finished."""
     versions: dict[str, str] = field(default_factory=dict)

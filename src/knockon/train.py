@@ -113,6 +113,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
         record = dataclasses.replace(record, begun=digest(Path(start) / RECORD))
     if isinstance(stage, Path) and first is not None:
         network.take(first)
+        record = dataclasses.replace(record, stage=digest(stage / RECORD))
         for note in transfer.leaks(stage, record, split):
             log.info(note)
     refuse_unknown(network, wanted)

@@ -62,3 +62,27 @@ def test_there_and_back_again(rng):
     )
     there = solve.integrate(lambda x, t: x.sin() + t, x, times, "rk4")
     torch.testing.assert_close(solve.integrate(lambda x, t: x.sin() + t, there, times.flip(0), "rk4"), x)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7])
+def test_chosen_steps_keep_the_error_near_the_tolerance(tolerance):
+    """A rotation that speeds up: dx/dt = 2 t J x, solved by turning through t^2."""
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    calls = []
+
+    def field(state, t):
+        calls.append(float(t))
+        return 2 * t * state @ turn
+
+    found = solve.adaptive(field, x, 0.0, 3.0, tolerance)
+    truth = x @ torch.linalg.matrix_exp(9 * turn)
+    assert (found - truth).abs().max() < 100 * tolerance
+    assert calls[0] == 0
+    assert len(calls) < 1000
+
+
+def test_a_constant_field_is_solved_exactly_in_few_steps():
+    x = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    found = solve.adaptive(lambda state, t: torch.ones_like(state), x, 0.0, 1.0)
+    torch.testing.assert_close(found, x + 1)

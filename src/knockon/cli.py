@@ -102,7 +102,7 @@ class Split(Command):
     seed: int = 42
     """Seed of the choice."""
     fraction: float | None = None
-    """Share of the doubles, genes or conditions that is held out; .3, or .1 of the genes."""
+    """Share of doubles, genes or conditions that is held out; .3, or .1 of the genes, or all of a context."""
     holdout: tuple[str, ...] = ()
     """The perturbations (unseen) or contexts (context) to hold out; drawn by the seed without it."""
     columns: Annotated[Columns, Flat] = Columns()

@@ -120,6 +120,18 @@ def test_context_hides_the_perturbed_cells_of_a_level(contexts):
     assert splits.audit(split, contexts) == []
 
 
+def test_a_share_of_the_perturbations_of_a_level_can_be_hidden(contexts):
+    split = splits.make("context", contexts, holdout=["NK"], fraction=0.5)
+    whole = splits.make("context", contexts, holdout=["NK"])
+    hidden = {label.perturbations for label in split.test}
+    assert set(split.test) < set(whole.test)
+    assert len(hidden) == len({label.perturbations for label in whole.test}) // 2
+    left = {label.perturbations for label in (*split.train, *split.validation) if label.covariates[0] == "NK"}
+    assert left
+    assert not left & hidden
+    assert splits.audit(split, contexts) == []
+
+
 def test_other_kinds_hold_out_in_every_context(contexts):
     split = splits.random(contexts, fraction=0.5, validation=0)
     assert len(split.test) == 4

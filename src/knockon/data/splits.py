@@ -96,8 +96,15 @@ def unseen(
     return assemble(screen, kind="unseen", seed=seed, test=test, validation=carved, heldout=held)
 
 
-def context(screen: Screen, *, seed: int = 42, validation: float = 0.1, holdout: Sequence[str] = ()) -> Split:
-    """Hold out all perturbed cells of a level of the first covariate, such as a cell type.
+def context(
+    screen: Screen,
+    *,
+    seed: int = 42,
+    fraction: float = 1.0,
+    validation: float = 0.1,
+    holdout: Sequence[str] = (),
+) -> Split:
+    """Hold out perturbed cells of a level of the first covariate, such as a cell type.
 
     Its controls stay: a prediction starts from them.
 
@@ -105,6 +112,8 @@ def context(screen: Screen, *, seed: int = 42, validation: float = 0.1, holdout:
     ----------
     screen, seed, validation
         As for all kinds.
+    fraction
+        Share of the level's perturbations that is held out, at all their doses; the others stay in training.
     holdout
         The levels to hold out; without it one is drawn.
     """
@@ -118,9 +127,16 @@ def context(screen: Screen, *, seed: int = 42, validation: float = 0.1, holdout:
     _require_known(holdout, levels, screen.covariates[0].name)
     drawn = levels[int(np.random.default_rng(seed).integers(len(levels)))]
     held = tuple(sorted(holdout or (drawn,)))
-    test = [label for label in screen.conditions if label.covariates[0] in held]
+    there = [label for label in screen.conditions if label.covariates[0] in held]
+    treatments = sorted({label.perturbations for label in there})
+    order = np.random.default_rng([seed, 1]).permutation(len(treatments))
+    chosen = {treatments[i] for i in order[: max(1, share(fraction, len(treatments)))]}
+    test = [label for label in there if label.perturbations in chosen]
     carved = carve(without(screen, test), test, validation, seed)
-    return assemble(screen, kind="context", seed=seed, test=test, validation=carved, heldout=held)
+    whole = len(chosen) == len(treatments)
+    return assemble(
+        screen, kind="context", seed=seed, test=test, validation=carved, heldout=held if whole else ()
+    )
 
 
 def random(screen: Screen, *, seed: int = 42, fraction: float = 0.3, validation: float = 0.1) -> Split:
@@ -169,7 +185,7 @@ def make(
         )
     if holdout and name not in ("unseen", "context"):
         raise UserError(f"The split {name} draws what it holds out", mend="leave out --holdout")
-    if fraction is not None and name in ("context", "none"):
+    if fraction is not None and name == "none":
         raise UserError(f"The split {name} takes no --fraction", mend="leave it out")
     options: dict[str, object] = {} if fraction is None else {"fraction": _checked(fraction)}
     if name in ("unseen", "context"):

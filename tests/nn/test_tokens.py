@@ -37,7 +37,7 @@ def test_all_genes_are_tokens():
     ("kind", "seen"),
     [
         ("log1p", "whether"), ("log1pzero", "whether"), ("anscombe", "nothing"), ("sqrt", "nothing"),
-        ("proj", "how many"), ("projconcat", "how many"), ("softbin", "how many"),
+        ("proj", "how many"), ("projconcat", "how many"), ("softbin", "how many"), ("modulated", "how many"),
     ],
 )  # fmt: skip
 def test_what_a_norm_leaves_of_a_count(kind, seen, rng):

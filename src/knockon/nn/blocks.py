@@ -105,6 +105,24 @@ class TimeEncoder(nn.Module):
         return self.maps(self.waves(t))
 
 
+class Amount(nn.Module):
+    """Scales and shifts an encoding by a map of ``log1p`` of an amount; an amount of 0 does not.
+
+    What is amounted is thereby bound to how much: a sum of encodings tells both.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(linear(1, dim), nn.SiLU(), linear(dim, 2 * dim))
+
+    def forward(
+        self, encoded: Float[Tensor, "*#shape dim"], amount: Float[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape dim"]:
+        """Apply amounts, not negative: doses, or counts."""
+        scale, shift = self.maps(amount.log1p()[..., None]).chunk(2, dim=-1)
+        return torch.where((amount > 0)[..., None], torch.addcmul(shift, encoded, 1 + scale), encoded)
+
+
 class Attention(nn.Module, ABC):
     """Attention in which part of the projections comes from a reference."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from knockon.nn.attention import NeighborAttention
-from knockon.nn.blocks import dropout, linear
+from knockon.nn.blocks import Amount, dropout, linear
 from knockon.types import Condition, Spec
 
 NOTHING = 0
@@ -113,21 +113,6 @@ class Projection(nn.Module):
         return self.norm(self.map(self.vectors[codes]))
 
 
-class Dose(nn.Module):
-    """Scales and shifts the encoding of a perturbation by a map of ``log1p(dose)``; a dose of 0 does not."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.maps = nn.Sequential(linear(1, dim), nn.SiLU(), linear(dim, 2 * dim))
-
-    def forward(
-        self, encoded: Float[Tensor, "*shape dim"], dose: Float[Tensor, "*shape"]
-    ) -> Float[Tensor, "*shape dim"]:
-        """Apply doses."""
-        scale, shift = self.maps(dose.log1p()[..., None]).chunk(2, dim=-1)
-        return torch.where((dose > 0)[..., None], torch.addcmul(shift, encoded, 1 + scale), encoded)
-
-
 class ConditionEncoder(nn.Module):
     """A condition to one vector, whatever the order of its perturbations.
 
@@ -157,7 +142,7 @@ class ConditionEncoder(nn.Module):
             self.own = Projection(spec.vectors, dim)
         elif not all(is_gene):
             self.own = Rows(len(is_gene), dim)
-        self.dose = None if spec.dose_unit is None else Dose(dim)
+        self.dose = None if spec.dose_unit is None else Amount(dim)
         tables = [nn.Embedding(len(covariate.levels), dim) for covariate in spec.covariates]
         for table in tables:
             nn.init.zeros_(table.weight)
@@ -227,7 +212,7 @@ class Branches(nn.Module):
         self.own: Rows | Projection = Rows(codes, dim, normed=False)
         if spec.vectors is not None:
             self.own = Projection(spec.vectors, dim, normed=False)
-        self.dose = None if spec.dose_unit is None else Dose(dim)
+        self.dose = None if spec.dose_unit is None else Amount(dim)
         self.covariates = nn.ModuleList(Level(len(c.levels), dim) for c in spec.covariates)
         self.register_buffer("trained", torch.ones(codes, dtype=torch.bool))
 

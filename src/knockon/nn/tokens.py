@@ -7,10 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from knockon.nn.blocks import linear
+from knockon.nn.blocks import Amount, linear
 
-CountEmbedding = Literal["log1p", "log1pzero", "anscombe", "sqrt", "proj", "projconcat", "softbin"]
-"""How a count c enters the token of a gene with the row e. The first four scale e: ``log1p(c) e``; the same,
+CountEmbedding = Literal[
+    "modulated", "log1p", "log1pzero", "anscombe", "sqrt", "proj", "projconcat", "softbin"
+]
+"""How a count c enters the token of a gene with the row e. ``modulated`` scales and shifts e by a map of the count
+(ours). Four only scale e: ``log1p(c) e``; the same,
 but ``-e`` for none; ``asinh(sqrt(c + 1)) e``; ``sqrt(c + 1) e``. A layer norm undoes what is only scaled, so
 whoever reads the tokens through one cannot see how large a count is. The others add to it: ``e + w c + b``; a
 map of e beside copies of ``log1p(c)``; e and a soft choice among learned bins [scldm, section 1.3]."""
@@ -78,6 +81,8 @@ class CountEncoder(nn.Module):
             self.count = linear(1, dim)
         elif kind == "projconcat":
             self.mix = linear(2 * dim, dim)
+        elif kind == "modulated":
+            self.amount = Amount(dim)
         elif kind == "softbin":
             self.choice = nn.Sequential(linear(1, self.HIDDEN), nn.SiLU(), linear(self.HIDDEN, self.BINS))
             self.bins = nn.Parameter(torch.randn(self.BINS, dim))
@@ -87,6 +92,8 @@ class CountEncoder(nn.Module):
     ) -> Float[Tensor, "cells tokens dim"]:
         """Embed."""
         rows, c = self.table(genes), counts[..., None]
+        if self.kind == "modulated":
+            return self.amount(rows, counts)
         if self.kind == "proj":
             return rows + self.count(c)
         if self.kind == "projconcat":

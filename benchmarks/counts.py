@@ -32,7 +32,7 @@ from knockon.model import Recipe
 from knockon.models import scldm, scldm_vae
 from knockon.run import Run
 
-EMBEDDINGS = ("projconcat", "log1p")
+EMBEDDINGS = ("modulated", "projconcat", "log1p")
 CELLS = 256
 
 

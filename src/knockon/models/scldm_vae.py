@@ -32,9 +32,9 @@ PER = 10_000
 class Config(SetArchitecture, ModelConfig):
     """The autoencoder: its sizes (``SetArchitecture``), its tokens, its latents and its likelihood."""
 
-    embedding: CountEmbedding = "projconcat"
+    embedding: CountEmbedding = "modulated"
     """How a count enters a token. ``log1p`` and the three like it do not let the encoder see how large counts
-    are (not in the released program's default)."""
+    are; ``modulated`` is not in the paper."""
     tokens: Literal["expressed", "all"] = "expressed"
     """The encoder sees the genes of a cell that have counts, or all of them."""
     padded_to: int = 0

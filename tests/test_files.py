@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from knockon.files import from_plain, read_json, write_json, written_aside
+from knockon.files import from_plain, from_text, read_json, write_json, written_aside
 from knockon.types import UserError
 
 
@@ -73,3 +73,34 @@ def test_bad_json_is_a_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match="JSON"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "value"),
+    [
+        (int, "50", 50),
+        (float, "50", 50.0),
+        (float, "1e-5", 1e-5),
+        (bool, "true", True),
+        (bool, "False", False),
+        (str, "50", "50"),
+        (Literal["x", "y"], "y", "y"),
+        (tuple[float, ...], "1.5,2", (1.5, 2.0)),
+        (tuple[float, ...], "", ()),
+        (int | None, "null", None),
+    ],
+)
+def test_text_is_read_as_the_annotated_type(hint: object, text: str, value: object) -> None:
+    found = from_text(hint, text, where="x")
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "text"),
+    [(int, "5.5"), (int, "many"), (float, "nan"), (float, "Infinity"), (float, "1e999"), (bool, "1"),
+     (Literal["x", "y"], "z"), (tuple[float, ...], "1,b")],
+)  # fmt: skip
+def test_text_of_another_type_is_refused_by_name(hint: object, text: str) -> None:
+    with pytest.raises(UserError, match="--set steps"):
+        from_text(hint, text, where="--set steps")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 import types
@@ -106,24 +107,58 @@ def from_plain(kind: type[T], value: Mapping[str, Any], *, where: str) -> T:
         raise UserError(
             f"Missing or unknown fields in {where}", offenders=strange, expected="an unedited file"
         )
-    return kind(**{name: _as(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    return kind(**{name: typed(hints[name], item, where=f"{where}.{name}") for name, item in value.items()})
 
 
-def _as(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type, where JSON has fewer types than Python."""
+def from_text(hint: Any, text: str, *, where: str) -> Any:
+    """Read a value of the annotated type from the text that a person writes.
+
+    Numbers, words, ``true`` and ``false``; values of a tuple are joined with commas.
+
+    Raises
+    ------
+    UserError
+        If it is of another type.
+    """
+    if hint is str:
+        return text
+    if typing.get_origin(hint) is tuple:
+        return typed(hint, [_plain(piece) for piece in text.split(",") if piece], where=where)
+    return typed(hint, _plain(text), where=where)
+
+
+def _plain(text: str) -> Any:
+    """Take a text for what JSON does, where that is finite; else for itself."""
+    try:
+        value = json.loads(text.lower() if text in ("True", "False") else text)
+    except json.JSONDecodeError:
+        return text
+    return text if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def typed(hint: Any, value: Any, *, where: str) -> Any:
+    """``value`` as the annotated type, where JSON has fewer types than Python.
+
+    Raises
+    ------
+    UserError
+        If it is of another type.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         found = from_plain(typing.cast(type, hint), value, where=where)
     elif origin in (typing.Union, types.UnionType):
         found = (
-            None if value is None else _as(next(a for a in arguments if a is not type(None)), value, where)
+            None
+            if value is None
+            else typed(next(a for a in arguments if a is not type(None)), value, where=where)
         )
     elif origin is tuple and isinstance(value, list | tuple):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         _require(len(kinds) == len(value), value, f"{len(kinds)} values", where)
-        found = tuple(_as(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+        found = tuple(typed(kind, item, where=where) for kind, item in zip(kinds, value, strict=True))
     elif origin is dict and isinstance(value, dict):
-        found = {str(key): _as(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        found = {str(key): typed(arguments[1], item, where=f"{where}.{key}") for key, item in value.items()}
     elif origin is typing.Literal:
         _require(value in arguments, value, " or ".join(map(str, arguments)), where)
         found = value

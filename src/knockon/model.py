@@ -6,8 +6,8 @@ arguments (``default``, and where they make sense ``paper`` and ``small``) that 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_type_hints
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from knockon.files import from_text, typed
 from knockon.types import CellSets, Condition, Noise, Spec, Units, UserError
 
 if TYPE_CHECKING:
@@ -189,6 +190,9 @@ class Training:
 class ModelConfig(ABC):
     """Everything that makes one model differ from another of its kind."""
 
+    at_generation: ClassVar[tuple[str, ...]] = ()
+    """Fields that only ``sample`` and ``generate`` read, so that they may change after training."""
+
     @abstractmethod
     def build(self, spec: Spec) -> Model:
         """Make the model, with weights drawn from torch's global generator (the caller forks it)."""
@@ -216,6 +220,38 @@ def save_weights(model: Model, path: Path) -> None:
     safetensors.torch.save_file(state, path)
 
 
+def changed(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig:
+    """Give fields that only concern generation other values.
+
+    Parameters
+    ----------
+    changes
+        Values by the names of fields, or texts of values.
+
+    Raises
+    ------
+    UserError
+        If a field is unknown or concerns training, or a value is of the wrong type.
+    """
+    name = type(config).__module__.rpartition(".")[2]
+    refused = [key for key in changes if key not in config.at_generation]
+    if refused:
+        raise UserError(
+            f"{name} has nothing of this name that can change after training",
+            offenders=refused,
+            expected="one of " + ", ".join(config.at_generation) if config.at_generation else "no change",
+            mend="check the spelling; what training depends on is a --model option of knockon train",
+        )
+    hints = get_type_hints(type(config))
+    found = {
+        key: from_text(hints[key], value, where=key)
+        if isinstance(value, str)
+        else typed(hints[key], value, where=key)
+        for key, value in changes.items()
+    }
+    return replace(config, **found)
+
+
 def load_weights(model: Model, path: Path) -> None:
     """Fill a freshly built model; statistics take the shape that they were saved with.
 
@@ -232,19 +268,31 @@ def load_weights(model: Model, path: Path) -> None:
             expected="the file that training wrote",
             mend="train again, or restore the run folder",
         ) from error
-    for name, module in model.named_modules():
-        for key, buffer in list(module.named_buffers(recurse=False)):
-            saved = state.get(f"{name}.{key}" if name else key)
-            if saved is not None and saved.shape != buffer.shape:
-                setattr(module, key, saved.new_empty(saved.shape, dtype=buffer.dtype))
     try:
-        model.load_state_dict(state)
+        fill(model, state)
     except RuntimeError as error:
         raise UserError(
             f"The weights in {path} do not fit the configuration beside them",
             offenders=[str(error).splitlines()[1].strip() if "\n" in str(error) else error],
             expected="a run folder that nobody edited",
         ) from error
+
+
+def fill(model: Model, state: Mapping[str, Tensor]) -> None:
+    """Copy all parameters and buffers; statistics take the shape that they have in ``state``."""
+    for name, module in model.named_modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            saved = state.get(f"{name}.{key}" if name else key)
+            if saved is not None and saved.shape != buffer.shape:
+                setattr(module, key, saved.new_empty(saved.shape, dtype=buffer.dtype))
+    model.load_state_dict(state)
+
+
+def device_of(model: Model) -> torch.device:
+    """Where a model computes; a baseline may have nothing that lies anywhere."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 @torch.no_grad()

@@ -276,6 +276,11 @@ class Spec:
     dose_unit: str | None = None
     vectors: Float[np.ndarray, "perturbations width"] | None = None
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What of a condition can be given, and weighed, on its own: what was done, and each covariate."""
+        return "perturbation", *(covariate.name for covariate in self.covariates)
+
     def encode(self, labels: Sequence[Label]) -> Condition:
         """Turn names into codes.
 

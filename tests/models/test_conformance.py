@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from knockon import models
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
 from knockon.data.simulate import Simulation, simulate, tiny
-from knockon.model import Model, Recipe, load_weights, model_class, save_weights
+from knockon.model import Model, Recipe, fill, load_weights, model_class, save_weights
 from knockon.types import CellSets, Condition, Label, Noise, Spec
 
 NEVER_LEARNS = {"no_effect", "scldm_vae"}
@@ -217,6 +218,28 @@ def test_order_and_company_of_sets_do_not_matter(subject: Subject) -> None:
     torch.testing.assert_close(shuffled, cells[order], rtol=1e-4, atol=1e-5)
     alone = subject.sample(control[1:2], reorder(condition, [1]))
     torch.testing.assert_close(alone, cells[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_what_may_change_after_training_changes_no_loss(tiny_subject: Subject) -> None:
+    config, model = recipe(tiny_subject.name).model, tiny_subject.model
+    batch = tiny_subject.batch(np.random.default_rng(0))
+    expected = model.loss(batch, torch.Generator().manual_seed(0))["total"]
+    for name in config.at_generation:
+        hint, value = get_type_hints(type(config))[name], getattr(config, name)
+        changed = dataclasses.replace(config, **{name: another(hint, value)})
+        again = copy.deepcopy(model)
+        again.config = changed
+        assert torch.equal(again.loss(batch, torch.Generator().manual_seed(0))["total"], expected), name
+        fill(changed.build(model.spec), model.state_dict())
+
+
+def another(hint: object, value: object) -> object:
+    """Another value of a field."""
+    if get_origin(hint) is Literal:
+        return next(other for other in get_args(hint) if other != value)
+    if isinstance(value, bool):
+        return not value
+    return value / 2 + 0.1 if isinstance(value, float) else (2.0,) if value == () else value + 1
 
 
 def test_order_of_slots_does_not_matter(subject: Subject) -> None:

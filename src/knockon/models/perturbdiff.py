@@ -7,7 +7,7 @@ small squared error. See docs/models/perturbdiff.md.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,11 @@ FLOOR = 1e-8
 @dataclass(frozen=True, kw_only=True)
 class Config(Architecture, ModelConfig):
     """PerturbDiff: its network (``Architecture``), its diffusion, its objective and its way of sampling."""
+
+    at_generation: ClassVar[tuple[str, ...]] = (
+        "set_size", "span", "visited", "rule", "eta", "guidance", "own_estimates", "cutoff", "whole_counts",
+        "shrinkage",
+    )  # fmt: skip
 
     branch: int = 128
     """Width of the encodings of perturbation and covariates, before they are joined."""
@@ -111,6 +116,7 @@ class Config(Architecture, ModelConfig):
             (not 0 < self.visited <= self.steps, f"visited between 1 and steps ({self.steps})"),
             (self.width % self.heads > 0, f"width ({self.width}) to be a multiple of heads ({self.heads})"),
             (not 0 <= self.eta <= 1, "eta between 0 and 1"),
+            (self.set_size < 1, "set_size of at least 1"),
             (self.guidance != 0 and not self.condition_dropout, "condition_dropout above 0 for guidance"),
         ):
             if wrong:

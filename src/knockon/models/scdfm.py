@@ -5,7 +5,7 @@ that carries noise to perturbed cells, given the control cell and the condition;
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from knockon.models import additive
 from knockon.models._released_scdfm import from_released
 from knockon.nn.counts import whole_counts
 from knockon.nn.pad import Architecture, Known, PADTransformer
-from knockon.types import CellSets, Condition, Noise, Spec
+from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
 __all__ = ["SCDFM", "Config", "Pairs", "default", "from_released", "paper", "small"]
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Config(Architecture, ModelConfig):
     """scDFM: its network (``Architecture``), its objective and its way of sampling."""
+
+    at_generation: ClassVar[tuple[str, ...]] = (
+        "solver", "points", "dropout_in_generation", "whole_counts", "chunk",
+    )  # fmt: skip
 
     source: Literal["gaussian", "poisson"] = "gaussian"
     """Where paths start: standard noise, or ``log1p`` of Poisson counts around the control cell."""
@@ -71,7 +75,15 @@ class Config(Architecture, ModelConfig):
     """Values (cells x genes) generated at once; it sets the memory of generation and nothing else."""
 
     def build(self, spec: Spec) -> "SCDFM":
-        """Make the model."""
+        """Make the model.
+
+        Raises
+        ------
+        UserError
+            If generation would take no step.
+        """
+        if self.points < 2:
+            raise UserError("points of scdfm", offenders=[self.points], expected="at least 2")
         return SCDFM(self, spec)
 
 

@@ -7,7 +7,7 @@ noise to them under what was done and each covariate, any of which may be hidden
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Config(LatentArchitecture, ModelConfig):
     """The flow: its network (``LatentArchitecture``), its autoencoder, conditions and way of sampling."""
+
+    at_generation: ClassVar[tuple[str, ...]] = (
+        "guidance", "weights", "solver", "steps", "tolerance", "counts", "library",
+    )  # fmt: skip
 
     vae: str = ""
     """Run folder of the autoencoder; without one it is trained first, into ``vae`` of the run folder."""
@@ -76,6 +80,7 @@ class Config(LatentArchitecture, ModelConfig):
         for wrong, expected in (
             (self.width % (2 * self.heads), f"width ({self.width}) to be a multiple of heads, and even"),
             (not 0 <= self.hidden < 1, "hidden to be at least 0 and below 1"),
+            (self.steps < 1 or self.tolerance <= 0, "at least one of steps, and a tolerance above 0"),
             (len(self.weights) not in (0, classes), f"no weights, or one for each of the {classes} classes"),
         ):
             if wrong:

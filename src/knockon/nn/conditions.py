@@ -296,8 +296,7 @@ class ClassEncoder(Branches):
 
     def entries(self, spec: Spec) -> dict[str, tuple[Sequence[str] | None, ...]]:
         """Names of perturbations, levels and classes."""
-        classes = ("perturbation", *(covariate.name for covariate in spec.covariates))
-        return {**super().entries(spec), "hidden": (classes, None)}
+        return {**super().entries(spec), "hidden": (spec.classes, None)}
 
     def forward(
         self, condition: Condition, given: Bool[Tensor, "sets cells classes"]

@@ -13,13 +13,16 @@ TIERS = (
     {"model"},
     {"baseline"},
     {"models"},
-    {"predict", "embed"},
+    {"predict"},
+    {"embed", "generate"},
+    {"record"},
     {"run"},
     {"transfer"},
     {"checkpoint", "validate"},
     {"train"},
     {"evaluate"},
     {"compare"},
+    {"commands"},
     {"cli", "__init__", "__main__"},
 )
 

@@ -7,7 +7,8 @@ import pytest
 
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
-from knockon.run import RECORD, SPEC, SPLIT, WEIGHTS, Run, read_spec, write_spec
+from knockon.record import RECORD, SPEC, SPLIT, WEIGHTS, read_spec, write_spec
+from knockon.run import Run
 from knockon.train import train
 from knockon.types import UserError
 

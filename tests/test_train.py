@@ -17,7 +17,8 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.files import digest
 from knockon.model import Losses, Model, Recipe, Training
-from knockon.run import LOG, WEIGHTS, Run
+from knockon.record import LOG, WEIGHTS
+from knockon.run import Run
 from knockon.train import Options, decay, learning_rate, train
 from knockon.types import CellSets, UserError
 

@@ -20,7 +20,8 @@ from knockon.model import Recipe
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import Refusal, unknown
 from knockon.progress import bar
-from knockon.run import RECORD, Run
+from knockon.record import RECORD
+from knockon.run import Run
 from knockon.train import Options, train
 from knockon.types import UserError
 

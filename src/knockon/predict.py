@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knockon.data.screen import Screen
-from knockon.model import Model
-from knockon.types import Label, Noise, UserError
+from knockon.model import Model, device_of
+from knockon.types import Covariate, Label, Noise, UserError
 
 CHUNK = 256
 """Cells that a model generates at once."""
@@ -64,8 +64,7 @@ def generate(
     """
     if not labels:
         raise UserError("No condition to predict", mend="name some, or choose a part that the split has")
-    if cells < 1:
-        raise UserError(f"{cells} cells per condition", expected="at least 1", mend="set --cells")
+    refuse_few(cells)
     refuse_unknown(model, labels)
     blocks, used = [], []
     for group in _groups(labels, cells):
@@ -76,9 +75,15 @@ def generate(
     return _assemble(screen, labels, blocks, used)
 
 
+def refuse_few(cells: int) -> None:
+    """Refuse to generate no cells."""
+    if cells < 1:
+        raise UserError(f"{cells} cells per condition", expected="at least 1", mend="set --cells")
+
+
 def unknown(model: Model, labels: Sequence[Label]) -> list[Label]:
     """List the conditions that a fitted model has no basis to predict."""
-    known = model.knows(model.spec.encode(labels).to(_device(model))).tolist() if labels else []
+    known = model.knows(model.spec.encode(labels).to(device_of(model))).tolist() if labels else []
     return [label for label, is_known in zip(labels, known, strict=True) if not is_known]
 
 
@@ -109,8 +114,8 @@ def draw(
         For each condition, its cells and the rows of their control cells.
     """
     model.eval()
-    device = _device(model)
-    randoms = [np.random.default_rng(_seed(seed, label)) for label in labels]
+    device = device_of(model)
+    randoms = [np.random.default_rng(words_of(seed, str(label))) for label in labels]
     rows = np.stack(
         [_balanced(screen.control_rows(x), cells, r) for x, r in zip(labels, randoms, strict=True)]
     )
@@ -130,16 +135,19 @@ def _groups(labels: Sequence[Label], cells: int) -> Iterator[Sequence[Label]]:
         yield labels[start : start + at_once]
 
 
-def _device(model: Model) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def _seed(seed: int, label: Label) -> list[int]:
-    """Words that differ for each seed and condition."""
-    text = hashlib.sha256(str(label).encode()).digest()
+def words_of(seed: int, condition: str) -> list[int]:
+    """Words to seed a generator with, which differ for each seed and condition."""
+    text = hashlib.sha256(condition.encode()).digest()
     return [seed, int.from_bytes(text[:8], "little")]
+
+
+def described(labels: Sequence[Label], covariates: Sequence[Covariate], *, dosed: bool) -> pd.DataFrame:
+    """Columns of ``obs`` that say what was done to cells, in which context and at which dose."""
+    columns = {"perturbation": [label.perturbation for label in labels]}
+    columns |= {c.name: [label.covariates[i] for label in labels] for i, c in enumerate(covariates)}
+    if dosed:
+        columns["dose"] = ["+".join(f"{dose:g}" for dose in label.doses) for label in labels]
+    return pd.DataFrame({name: pd.Categorical(texts) for name, texts in columns.items()})
 
 
 def _balanced(
@@ -164,19 +172,9 @@ def _assemble(
     kinds += [context[row] for row in controls.tolist()]
     origin = np.concatenate([*used, controls])
     num_predicted = len(origin) - len(controls)
-    obs = pd.DataFrame(
-        {
-            "perturbation": pd.Categorical([label.perturbation for label in kinds]),
-            "control": [label.is_control for label in kinds],
-            **{
-                covariate.name: pd.Categorical([label.covariates[i] for label in kinds])
-                for i, covariate in enumerate(screen.covariates)
-            },
-            "control_cell": names[origin],
-        },
-        index=pd.Index([*(f"predicted_{i}" for i in range(num_predicted)), *names[controls]]),
-    )
-    if screen.dose_unit is not None:
-        obs["dose"] = pd.Categorical(["+".join(f"{dose:g}" for dose in label.doses) for label in kinds])
+    obs = described(kinds, screen.covariates, dosed=screen.dose_unit is not None)
+    obs.index = pd.Index([*(f"predicted_{i}" for i in range(num_predicted)), *names[controls]])
+    obs.insert(1, "control", np.array([label.is_control for label in kinds]))
+    obs["control_cell"] = names[origin]
     matrix = sp.vstack([*blocks, sp.csr_matrix(screen.gather(controls))], format="csr", dtype=np.float32)
     return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=pd.Index(screen.genes)))

@@ -1,118 +1,35 @@
-"""A run folder: a trained model with everything that is needed to use it, and nothing that executes."""
+"""A run folder: a trained model with everything that is needed to use it."""
 
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import anndata
 import numpy as np
-import safetensors.numpy
+import pandas as pd
 import torch
 
-from knockon import models
 from knockon.data import conventions, prepare, splits
-from knockon.data.conventions import Columns
-from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen, read
 from knockon.data.splits import Part, Split
-from knockon.files import digest, from_plain, read_json, write_json, written_aside
-from knockon.model import Model, ModelConfig, Training, load_weights, save_weights
-from knockon.predict import generate
-from knockon.types import Label, Spec, UserError
+from knockon.embed import annotated, refuse_without_embedding
+from knockon.files import digest
+from knockon.generate import Given, generate
+from knockon.model import Model, changed, device_of, fill
+from knockon.predict import generate as predict
+from knockon.record import RECORD, SPLIT, Record, stored, versions
+from knockon.types import Label, UserError
 
-WEIGHTS, VECTORS = "weights.safetensors", "vectors.safetensors"
-RECORD, SPEC, SPLIT, LOG = "run.json", "spec.json", "split.json", "log.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What ``run.json`` says: how a run came about, so that it can be repeated and recognized."""
-
-    model: str
-    """Name of the model's file in ``knockon.models``."""
-    config: ModelConfig
-    train: Training
-    source: str
-    """The file of the screen; empty for a screen made in memory."""
-    columns: Columns
-    """How the file was read."""
-    screen: str
-    """Digest of the screen before preparation."""
-    preparation: Preparation
-    vectors: str = ""
-    """SHA-256 of the table of perturbation vectors; empty without one."""
-    begun: str = ""
-    """SHA-256 of the record of the run whose weights training began with; empty without one."""
-    stage: str = ""
-    """SHA-256 of the record of the earlier stage, where a finished one was given."""
-    files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the other files of the folder; without the weights until training has finished."""
-    versions: dict[str, str] = field(default_factory=dict)
-    device: str = "cpu"
-    steps: int = 0
-    """Steps done when training ended."""
-    seconds: float = 0.0
-    """Wall time of training, without what was resumed."""
-
-    def write(self, folder: Path) -> None:
-        """Write ``run.json``."""
-        write_json(folder / RECORD, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Record":
-        """Read ``run.json``; everything in it is checked, nothing is executed."""
-        plain = read_json(folder / RECORD)
-        where = str(folder / RECORD)
-        config = models.load(str(plain.get("model"))).Config
-        hollow = dataclasses.make_dataclass(
-            "Hollow", [(f.name, config if f.name == "config" else f.type) for f in dataclasses.fields(cls)]
-        )
-        filled = from_plain(hollow, plain, where=where)
-        return cls(**{f.name: getattr(filled, f.name) for f in dataclasses.fields(cls)})
-
-    @property
-    def finished(self) -> bool:
-        """Whether training came to its end."""
-        return WEIGHTS in self.files
-
-    def asked(self) -> dict[str, object]:
-        """Keep what the user asked for and drop what came of it: equal for a run and its resumption."""
-        outcome = {"files", "versions", "device", "steps", "seconds"}
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("knockon", "torch", "numpy", "scipy", "anndata", "scanpy", "lightning-fabric")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
-
-
-def write_spec(spec: Spec, folder: Path) -> None:
-    """Write ``spec.json``, and ``vectors.safetensors`` where perturbations have vectors."""
-    plain = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "vectors"}
-    plain["covariates"] = [dataclasses.asdict(covariate) for covariate in spec.covariates]
-    if spec.vectors is not None:
-        with written_aside(folder / VECTORS) as aside:
-            safetensors.numpy.save_file({"vectors": np.ascontiguousarray(spec.vectors, np.float32)}, aside)
-    write_json(folder / SPEC, plain)
-
-
-def read_spec(folder: Path) -> Spec:
-    """Read what ``write_spec`` wrote."""
-    plain = read_json(folder / SPEC) | {"vectors": None}
-    spec = from_plain(Spec, plain, where=str(folder / SPEC))
-    vectors = folder / VECTORS
-    if not vectors.exists():
-        return spec
-    return dataclasses.replace(spec, vectors=safetensors.numpy.load_file(vectors)["vectors"])
+Kind = TypeVar("Kind", bound="Trained")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
-    """A trained model in its folder.
+class Trained:
+    """A trained model in its folder, without the screen that it was trained on.
+
+    It is enough to embed cells of any screen, and to generate cells without control cells.
 
     Parameters
     ----------
@@ -120,15 +37,170 @@ class Run:
         Where it lies.
     model
         Fitted, on its device.
-    record, split
+    record
         How it came about.
-    screen
-        The prepared screen, whose control cells predictions start from.
+    changes
+        Fields of its configuration that have other values than in the record, and these values.
     """
 
     folder: Path
     model: Model
     record: Record
+    changes: Mapping[str, object] = field(default_factory=dict)
+
+    def change(self: Kind, changes: Mapping[str, object]) -> Kind:
+        """Give fields of the model's configuration that only concern generation other values.
+
+        Parameters
+        ----------
+        changes
+            Values by the names of fields, or texts of values: ``{"steps": 50, "solver": "rk4"}``.
+
+        Returns
+        -------
+        Run
+            Another one, with the same weights; predictions note what was changed.
+
+        Raises
+        ------
+        UserError
+            If a field is unknown or concerns training, or a value does not fit.
+        """
+        whole = {**self.changes, **changes}
+        if not whole:
+            return self
+        config = changed(self.record.config, whole)
+        with torch.random.fork_rng(devices=[]):
+            model = config.build(self.model.spec)
+        fill(model, self.model.state_dict())
+        found = {name: getattr(config, name) for name in whole}
+        return dataclasses.replace(self, model=model.to(device_of(self.model)).eval(), changes=found)
+
+    def weigh(self: Kind, weights: Mapping[str, float]) -> Kind:
+        """Set the weights of guidance by the names of classes; 1, the plain condition, where none is named.
+
+        Raises
+        ------
+        UserError
+            If the model has no such weights, or a class is unknown.
+        """
+        if not weights:
+            return self
+        if "weights" not in self.record.config.at_generation:
+            raise UserError(
+                f"{self.record.model} has no weights of classes", expected="scldm", mend="leave them out"
+            )
+        classes = self.model.spec.classes
+        unknown = [name for name in weights if name not in classes]
+        if unknown:
+            raise UserError(
+                "Weights of unknown classes", offenders=unknown, expected="some of " + ", ".join(classes)
+            )
+        return self.change({"weights": tuple(float(weights.get(name, 1.0)) for name in classes)})
+
+    def generate(
+        self,
+        conditions: Mapping[str, str] | None = None,
+        *,
+        cells: int = 256,
+        seed: int = 0,
+        advance: Callable[[], None] = lambda: None,
+    ) -> anndata.AnnData:
+        """Generate cells without control cells, under any part of a condition.
+
+        Parameters
+        ----------
+        conditions
+            Such as ``{"perturbation": "A+B", "cell_type": "CD4"}``; what is not named is anything.
+        cells
+            How many.
+        seed
+            Seed of the noise.
+        advance
+            Called after each chunk of cells, for a progress bar.
+
+        Returns
+        -------
+        AnnData
+            See ``knockon.generate.generate``; ``uns["knockon"]`` tells where it is from.
+        """
+        given = Given.of(conditions or {}, self.model.spec)
+        made = generate(self.model, given, cells=cells, seed=seed, advance=advance)
+        return self._sign(made, {"cells": cells, "seed": seed, "given": given.texts(self.model.spec)})
+
+    def embed(
+        self,
+        screen: Screen,
+        *,
+        obs: pd.DataFrame | None = None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> anndata.AnnData:
+        """Embed the cells of a screen, prepared or not, whose genes include those of the model.
+
+        Parameters
+        ----------
+        screen
+            It need not be the one that the model was trained on.
+        obs
+            What is known of its cells, in its order; what was done to them, without it.
+        advance
+            Called after each chunk of cells, for a progress bar.
+
+        Returns
+        -------
+        AnnData
+            See ``knockon.embed.annotated``; ``uns["knockon"]`` tells where it is from.
+        """
+        refuse_without_embedding(self.model)
+        embedded = annotated(self.model, self.prepared(screen), obs, advance=advance)
+        return self._sign(embedded, {"embedded": screen.digest})
+
+    def prepared(self, screen: Screen) -> Screen:
+        """Bring any screen into the units and to the genes of the model.
+
+        Raises
+        ------
+        UserError
+            If it lacks a gene, or cannot be brought to the units.
+        """
+        genes = self.model.spec.genes
+        chosen = None if screen.genes == genes else genes
+        return prepare.apply(screen, dataclasses.replace(self.record.preparation, genes=chosen))
+
+    def _sign(self, adata: anndata.AnnData, about: Mapping[str, object]) -> anndata.AnnData:
+        """Note in cells where they are from, and on which scale they are."""
+        spec = self.model.spec
+        adata.uns["knockon"] = {
+            "model": self.record.model,
+            "run": digest(self.folder / RECORD),
+            "screen": self.record.screen,
+            "changed": " ".join(f"{name}={_text(value)}" for name, value in self.changes.items()),
+            "panel": self.record.preparation.genes is not None,
+            "share": self.record.preparation.share,
+            "units": spec.units,
+            "total": -1.0 if spec.total is None else spec.total,
+            "versions": versions(),
+            **about,
+        }
+        if spec.units == "log1p":
+            adata.uns["log1p"] = {"base": float(np.e)}
+        return adata
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run(Trained):
+    """A trained model in its folder, with the screen that it was trained on.
+
+    Parameters
+    ----------
+    folder, model, record, changes
+        See ``Trained``.
+    split
+        What was held out.
+    screen
+        The prepared screen, whose control cells predictions start from.
+    """
+
     split: Split
     screen: Screen
 
@@ -196,8 +268,9 @@ class Run:
             See ``generate``; ``uns["knockon"]`` tells where it is from.
         """
         labels = self.resolve(conditions)
-        predicted = generate(self.model, self.screen, labels, cells=cells, seed=seed, advance=advance)
-        return self._sign(predicted, cells=cells, seed=seed)
+        predicted = predict(self.model, self.screen, labels, cells=cells, seed=seed, advance=advance)
+        held = {"split": self.split.kind, "split_digest": self.record.files[SPLIT]}
+        return self._sign(predicted, {"cells": cells, "seed": seed, **held})
 
     def resolve(self, conditions: Sequence[str | Label] | Part) -> list[Label]:
         """Conditions as labels; a perturbation without context is meant in every context."""
@@ -216,46 +289,17 @@ class Run:
     def _parse(self, text: str) -> Label:
         return conventions.parse(text, known=self.model.spec.perturbations)
 
-    def _sign(self, predicted: anndata.AnnData, *, cells: int, seed: int) -> anndata.AnnData:
-        """Note in a prediction where it is from, and on which scale it is."""
-        spec = self.model.spec
-        predicted.uns["knockon"] = {
-            "model": self.record.model,
-            "run": digest(self.folder / RECORD),
-            "screen": self.record.screen,
-            "split": self.split.kind,
-            "split_digest": self.record.files[SPLIT],
-            "cells": cells,
-            "seed": seed,
-            "panel": self.record.preparation.genes is not None,
-            "share": self.record.preparation.share,
-            "units": spec.units,
-            "total": -1.0 if spec.total is None else spec.total,
-            "versions": versions(),
-        }
-        if spec.units == "log1p":
-            predicted.uns["log1p"] = {"base": float(np.e)}
-        return predicted
+
+def trained(folder: str | Path, *, device: str = "cpu") -> Trained:
+    """Load a run folder without its screen; see ``Run.load``."""
+    folder = Path(folder)
+    record, model = stored(folder)
+    return Trained(folder=folder, model=model.to(resolve_device(device)).eval(), record=record)
 
 
-def stored(folder: Path) -> tuple[Record, Model]:
-    """Read a finished run's record and model, without its screen.
-
-    Raises
-    ------
-    UserError
-        If there is no such folder, or it is unfinished or was edited.
-    """
-    if not (folder / RECORD).exists():
-        raise UserError(f"{folder} is no run folder", expected="one that knockon train wrote")
-    record = Record.read(folder)
-    if not record.finished:
-        raise UserError(f"The run in {folder} has not finished", mend="give the same train command again")
-    _refuse_edited(record, folder)
-    with torch.random.fork_rng(devices=[]):
-        model = record.config.build(read_spec(folder))
-    load_weights(model, folder / WEIGHTS)
-    return record, model
+def _text(value: object) -> str:
+    """Write a value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def resolve_device(name: str) -> str:
@@ -263,22 +307,6 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
-
-
-def _refuse_edited(record: Record, folder: Path) -> None:
-    """Refuse a folder whose files are not those that its record knows."""
-    for name in _files(folder):
-        if not (folder / name).is_file() or digest(folder / name) != record.files.get(name):
-            raise UserError(
-                f"{folder / name} was changed or removed after training",
-                expected="a run folder that nobody edited",
-                mend="restore the file, or train again",
-            )
-
-
-def _files(folder: Path) -> list[str]:
-    """Files that a finished run is made of, besides its record and its log."""
-    return [SPEC, SPLIT, WEIGHTS] + [VECTORS] * (folder / VECTORS).exists()
 
 
 def _read_screen(record: Record, folder: Path, told: str | Path | None) -> Screen:
@@ -289,12 +317,3 @@ def _read_screen(record: Record, folder: Path, told: str | Path | None) -> Scree
             mend="say where it is with --data, or in Python with screen=",
         )
     return read(path, record.columns)
-
-
-def save_run(folder: Path, model: Model, record: Record) -> Record:
-    """Write the weights and the finished record, in this order."""
-    with written_aside(folder / WEIGHTS) as aside:
-        save_weights(model, aside)
-    record = dataclasses.replace(record, files={name: digest(folder / name) for name in _files(folder)})
-    record.write(folder)
-    return record

@@ -26,18 +26,8 @@ from knockon.files import digest
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class
 from knockon.predict import refuse_unknown
 from knockon.progress import bar
-from knockon.run import (
-    LOG,
-    RECORD,
-    SPLIT,
-    Record,
-    Run,
-    resolve_device,
-    save_run,
-    stored,
-    versions,
-    write_spec,
-)  # fmt: skip
+from knockon.record import LOG, RECORD, SPLIT, Record, save_run, stored, versions, write_spec
+from knockon.run import Run, resolve_device
 from knockon.types import Label, UserError
 
 STAGE_ONE = "stage_one"

@@ -7,7 +7,7 @@ from pathlib import Path
 from knockon.data.splits import Split
 from knockon.files import read_json
 from knockon.model import Model, copy_named
-from knockon.run import RECORD, SPLIT, Record, stored
+from knockon.record import RECORD, SPLIT, Record, stored
 from knockon.types import Spec, UserError
 
 

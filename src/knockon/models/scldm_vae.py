@@ -251,6 +251,16 @@ class SetAutoencoder(Model):
         """Draw counts, or return expected ones where there is no noise."""
         mean, inverse = self.decode(latents.flatten(0, 1), sizes.flatten())
         mean, inverse = (x.expand_as(mean).unflatten(0, sizes.shape) for x in (mean, inverse))
+        return self.emit(mean, inverse, sizes, noise)
+
+    def emit(
+        self,
+        mean: Float[Tensor, "sets cells genes"],
+        inverse: Float[Tensor, "sets cells genes"],
+        sizes: Float[Tensor, "sets cells"],
+        noise: Noise | None,
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Draw counts from what ``decode`` has found, or return expected ones where there is no noise."""
         if self.config.likelihood == "gaussian":
             counts = mean.clamp_min(0).expm1() * sizes[..., None] / PER
             return counts if noise is None else counts.round()

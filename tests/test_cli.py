@@ -71,7 +71,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: knockon {command}" in shown
-    assert "--perturbation-key" in shown or command in ("simulate", "predict", "report")
+    assert "--perturbation-key" in shown or command in ("simulate", "predict", "generate", "report")
 
 
 def test_inspect_says_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +15,18 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from knockon import models
+from knockon.commands.common import Command, Data, Flat, Folder, read_screen, say, show
+from knockon.commands.generation import Embed, Generate, Predict
 from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
-from knockon.data.screen import Screen, read
 from knockon.evaluate import report, scores, suites, tables
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
-from knockon.progress import bar
-from knockon.run import Run
 from knockon.train import Options, train
 from knockon.types import UserError
 
 log = logging.getLogger("knockon")
-Data = Positional[Annotated[Path, arg(metavar="DATA")]]
-Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
-Flat = arg(name="")  # the fields of a group become options of the command, without a prefix
-
-
-class Command(ABC):
-    """What every command is."""
-
-    @abstractmethod
-    def run(self) -> None:
-        """Do the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +41,7 @@ class Inspect(Command):
         """Print the report; exit status 2 where a fault keeps the file from being used."""
         report = inspect.inspect(self.data, self.columns)
         for line in report.lines():
-            _print(line)
+            say(line)
         if report.faults:
             sys.exit(2)
 
@@ -86,7 +73,7 @@ class Simulate(Command):
         adata = simulate.simulate(config)
         with written_aside(self.out) as aside:
             adata.write_h5ad(aside)
-        _print(f"{self.out}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
+        say(f"{self.out}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +96,13 @@ class Split(Command):
 
     def run(self) -> None:
         """Split, look for leaks, and write."""
-        screen = _read(self.data, self.columns)
+        screen = read_screen(self.data, self.columns)
         split = splits.make(self.kind, screen, seed=self.seed, fraction=self.fraction, holdout=self.holdout)
         for leak in splits.audit(split, screen):
             log.warning("Leak: %s", leak)
         split.write(self.out)
         counts = ", ".join(f"{len(getattr(split, part))} {part}" for part in ("train", "validation", "test"))
-        _print(f"{self.out}: {counts} conditions")
+        say(f"{self.out}: {counts} conditions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,52 +148,11 @@ class Train(Command):
 
     def run(self) -> None:
         """Train."""
-        screen = _read(self.data, self.columns)
+        screen = read_screen(self.data, self.columns)
         split = splits.make(self.split, screen)
         recipe = Recipe(model=self.model, train=self.train)
         run = train(recipe, screen, split, out=self.out, options=self.options, start=self.start)
-        _print(f"{self.out}: {self.name} after {run.record.steps} steps in {run.record.seconds:.0f} s")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predict(Command):
-    """Generate cells of conditions and write them as .h5ad."""
-
-    folder: Folder
-    """A run folder."""
-    out: Path
-    """The .h5ad to write."""
-    perturbations: tuple[str, ...] = ()
-    """Such as "A+B" "C"; in every context unless written as "A+B | B cells"."""
-    part: Literal["train", "validation", "test"] | None = None
-    """A part of the run's split instead."""
-    cells: int = 256
-    """Cells of each condition."""
-    seed: int = 0
-    """Seed of the control cells and the noise."""
-    data: Path | None = None
-    """The screen, where it is not where it was in training."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    quiet: bool = False
-    """Show no progress bar."""
-
-    def run(self) -> None:
-        """Predict and write."""
-        if bool(self.perturbations) == (self.part is not None):
-            raise UserError(
-                "Nothing or two things to predict",
-                expected="either --perturbations or --part",
-                mend='--perturbations "A+B" or --part test',
-            )
-        run = Run.load(self.folder, screen=self.data, device=self.device)
-        conditions = self.part or self.perturbations
-        with bar("predicting", total=len(run.resolve(conditions)), quiet=self.quiet) as advance:
-            predicted = run.predict(conditions, cells=self.cells, seed=self.seed, advance=advance)
-        with written_aside(self.out) as aside:
-            predicted.write_h5ad(aside)
-        made = int((~predicted.obs["control"]).sum())
-        _print(f"{self.out}: {made:,} predicted cells, and {predicted.n_obs - made:,} control cells")
+        say(f"{self.out}: {self.name} after {run.record.steps} steps in {run.record.seconds:.0f} s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +175,7 @@ class Evaluate(Command):
 
     def run(self) -> None:
         """Score, print and write."""
-        screen = _read(self.real, self.columns)
+        screen = read_screen(self.real, self.columns)
         split = splits.make(self.split, screen)
         long = scores.evaluate(self.pred, screen, split, suite=self.suite, seed=self.seed)
         _table(tables.write(long, self.out))
@@ -251,7 +197,7 @@ class Compare(Command):
 
     def run(self) -> None:
         """Compare, print and report."""
-        screen = _read(self.data, self.columns)
+        screen = read_screen(self.data, self.columns)
         split = splits.make(self.split, screen)
         summary = compare(screen, split, out=self.out, comparison=self.comparison, options=self.options)
         _table(summary)
@@ -260,7 +206,7 @@ class Compare(Command):
             (report.picture, self.out / "scores.png"),
         ):
             draw(self.out, path)
-            _print(str(path))
+            say(str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +221,7 @@ class Report(Command):
     def run(self) -> None:
         """Write."""
         report.write(self.folder, self.out)
-        _print(f"{self.out}")
+        say(f"{self.out}")
 
 
 COMMANDS: dict[str, type[Command]] = {
@@ -284,6 +230,8 @@ COMMANDS: dict[str, type[Command]] = {
     "split": Split,
     "train": Train,
     "predict": Predict,
+    "generate": Generate,
+    "embed": Embed,
     "evaluate": Evaluate,
     "compare": Compare,
     "report": Report,
@@ -307,9 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _command(arguments: list[str]) -> Command:
     if not arguments or arguments[0] in ("-h", "--help"):
-        _print("usage: knockon COMMAND [options]        (knockon COMMAND --help)\n")
+        say("usage: knockon COMMAND [options]        (knockon COMMAND --help)\n")
         for name, kind in COMMANDS.items():
-            _print(f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}")
+            say(f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}")
         sys.exit(0)
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
@@ -329,17 +277,5 @@ def _option(arguments: Sequence[str], name: str) -> list[str]:
     return []
 
 
-def _read(path: Path, columns: Columns) -> Screen:
-    """Read a screen and say what was recognized."""
-    screen = read(path, columns)
-    for note in screen.notes:
-        log.info(note)
-    return screen
-
-
 def _table(summary: pd.DataFrame) -> None:
-    Console(width=None if sys.stdout.isatty() else 200).print(tables.render(summary))
-
-
-def _print(line: str) -> None:
-    Console(highlight=False).print(line, markup=False, soft_wrap=True)
+    show(tables.render(summary))

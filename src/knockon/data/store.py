@@ -69,6 +69,21 @@ def load(path: Path, *, layer: str | None = None, backed: bool = False) -> Store
     return Stored(obs=obs, genes=tuple(var.index.astype(str)), values=values)
 
 
+def read_obs(path: Path) -> pd.DataFrame:
+    """Read what a file says of its cells, and nothing else.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged or something else.
+    """
+    store = _open(path)
+    try:
+        return cast(pd.DataFrame, read_elem(store["obs"]))
+    except Exception as error:  # damage shows itself as an error of any kind
+        raise _unreadable(path, error) from error
+
+
 def choose_layer(layer: str | None, layers: Collection[str], *, has_x: bool) -> None:
     """Refuse a layer that is not there, or ``X`` where it is missing."""
     if layer is not None and layer not in layers:

@@ -1,0 +1,71 @@
+"""What the commands share: how they are made, what they read, and how they print."""
+
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from knockon.data.conventions import Columns
+from knockon.data.screen import Screen, read
+from knockon.types import UserError
+
+log = logging.getLogger("knockon")
+Data = Positional[Annotated[Path, arg(metavar="DATA")]]
+Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
+Flat = arg(name="")  # the fields of a group become options of the command, without a prefix
+
+
+class Command(ABC):
+    """What every command is."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Do the work."""
+
+
+def read_screen(path: Path, columns: Columns) -> Screen:
+    """Read a screen and say what was recognized."""
+    screen = read(path, columns)
+    for note in screen.notes:
+        log.info(note)
+    return screen
+
+
+def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
+    """Read ``name=value`` texts.
+
+    Parameters
+    ----------
+    option
+        Named in errors, such as ``--weights``.
+
+    Raises
+    ------
+    UserError
+        If a text has another form, or a name comes twice.
+    """
+    pairs = [text.partition("=") for text in texts]
+    wrong = [text for text, (name, _, value) in zip(texts, pairs, strict=True) if not (name and value)]
+    if wrong:
+        raise UserError(f"{option} without a value", offenders=wrong, expected="name=value")
+    names = [name.strip() for name, *_ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{option} names something twice", offenders=twice, expected="each name once")
+    return {name: value.strip() for name, (*_, value) in zip(names, pairs, strict=True)}
+
+
+def show(table: Table) -> None:
+    """Print a table; into a pipe, as wide as it is."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def say(line: str) -> None:
+    """Print a line as it is."""
+    Console(highlight=False).print(line, markup=False, soft_wrap=True)

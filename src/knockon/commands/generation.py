@@ -1,0 +1,186 @@
+"""The commands that put cells through a trained model: predict, generate, embed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import anndata
+from tyro.conf import arg
+
+from knockon.commands.common import Command, Data, Flat, Folder, assignments, log, read_screen, say, show
+from knockon.data.conventions import Columns
+from knockon.data.screen import Screen
+from knockon.data.store import read_obs
+from knockon.embed import CHUNK as EMBEDDED_AT_ONCE
+from knockon.embed import refuse_without_embedding
+from knockon.evaluate import reconstruction
+from knockon.files import from_text, written_aside
+from knockon.predict import CHUNK
+from knockon.progress import bar
+from knockon.run import Run, Trained, trained
+from knockon.types import UserError
+
+Kind = TypeVar("Kind", bound=Trained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a trained model does differently in generation."""
+
+    weights: tuple[str, ...] = ()
+    """Weights of guidance by class, such as perturbation=1.5 cell_type=2; 1 for the others."""
+    assigned: Annotated[tuple[str, ...], arg(name="set")] = ()
+    """Options of the model that only concern generation, such as steps=50 solver=rk4."""
+
+    def apply(self, run: Kind) -> Kind:
+        """Change a run."""
+        assigned = assignments(self.assigned, "--set")
+        weights = assignments(self.weights, "--weights")
+        if weights and "weights" in assigned:
+            raise UserError("--weights and --set weights", expected="one of the two")
+        numbers = {name: from_text(float, text, where=f"--weights {name}") for name, text in weights.items()}
+        return run.change(assigned).weigh(numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Command):
+    """Generate cells of conditions and write them as .h5ad."""
+
+    folder: Folder
+    """A run folder."""
+    out: Path
+    """The .h5ad to write."""
+    perturbations: tuple[str, ...] = ()
+    """Such as "A+B" "C"; in every context unless written as "A+B | B cells"."""
+    part: Literal["train", "validation", "test"] | None = None
+    """A part of the run's split instead."""
+    cells: int = 256
+    """Cells of each condition."""
+    seed: int = 0
+    """Seed of the control cells and the noise."""
+    changes: Annotated[Changes, Flat] = Changes()
+    data: Path | None = None
+    """The screen, where it is not where it was in training."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+    def run(self) -> None:
+        """Predict and write."""
+        if bool(self.perturbations) == (self.part is not None):
+            raise UserError(
+                "Nothing or two things to predict",
+                expected="either --perturbations or --part",
+                mend='--perturbations "A+B" or --part test',
+            )
+        run = self.changes.apply(Run.load(self.folder, screen=self.data, device=self.device))
+        conditions = self.part or self.perturbations
+        with bar("predicting", total=len(run.resolve(conditions)), quiet=self.quiet) as advance:
+            predicted = run.predict(conditions, cells=self.cells, seed=self.seed, advance=advance)
+        _write(predicted, self.out)
+        made = int((~predicted.obs["control"]).sum())
+        say(f"{self.out}: {made:,} predicted cells, and {predicted.n_obs - made:,} control cells")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Command):
+    """Generate cells without control cells, under any part of a condition, and write them as .h5ad."""
+
+    folder: Folder
+    """A run folder."""
+    out: Path
+    """The .h5ad to write."""
+    conditions: tuple[str, ...] = ()
+    """Such as "perturbation=A+B" "cell_type=B cells"; what is not named is anything."""
+    cells: int = 256
+    """How many."""
+    seed: int = 0
+    """Seed of the noise."""
+    changes: Annotated[Changes, Flat] = Changes()
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+    def run(self) -> None:
+        """Generate and write."""
+        given = assignments(self.conditions, "--conditions")
+        run = self.changes.apply(trained(self.folder, device=self.device))
+        with bar("generating", total=-(-self.cells // CHUNK), quiet=self.quiet) as advance:
+            made = run.generate(given, cells=self.cells, seed=self.seed, advance=advance)
+        _write(made, self.out)
+        of = ", ".join(f"{name} {value}" for name, value in made.uns["knockon"]["given"].items())
+        say(f"{self.out}: {made.n_obs:,} cells of {of}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Command):
+    """Place the cells of any screen in the latent space of a model, and write them as .h5ad."""
+
+    folder: Folder
+    """A run folder."""
+    data: Data
+    """A screen with the genes of the run: .h5ad or .zarr."""
+    out: Path
+    """The .h5ad to write."""
+    score: bool = False
+    """Score how well the latents tell the cells, beside a floor that knows only their library sizes."""
+    trained_on: Path | None = None
+    """For the floor, the screen that the run was trained on, where it is not where it was."""
+    seed: int = 0
+    """Seed of the counts that are drawn for the score."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    quiet: bool = False
+    """Show no progress bar."""
+    columns: Annotated[Columns, Flat] = Columns()
+
+    def run(self) -> None:
+        """Embed and write."""
+        run = trained(self.folder, device=self.device)
+        refuse_without_embedding(run.model)
+        screen = read_screen(self.data, self._columns(run))
+        left_out = len(set(screen.genes) - set(run.model.spec.genes))
+        if left_out:
+            log.info("%d genes that the run does not know are left out", left_out)
+        scored = self._with_own_screen(run, screen) if self.score else None
+        screen, obs = run.prepared(screen), read_obs(self.data)
+        with bar("embedding", total=-(-len(obs) // EMBEDDED_AT_ONCE), quiet=self.quiet) as advance:
+            embedded = run.embed(screen, obs=obs, advance=advance)
+        if scored is not None:
+            parts = reconstruction.parts(scored, screen)
+            blocks = sum(reconstruction.num_blocks(rows) for rows in parts.values())
+            with bar("scoring", total=blocks, quiet=self.quiet) as advance:
+                table = reconstruction.score_parts(scored, screen, parts, seed=self.seed, advance=advance)
+            embedded.uns["knockon"]["reconstruction"] = table
+            show(reconstruction.render(table))
+        _write(embedded, self.out)
+        (latents,) = embedded.obsm.values()
+        say(f"{self.out}: {embedded.n_obs:,} cells x {latents.shape[1]:,} latents")
+
+    def _columns(self, run: Trained) -> Columns:
+        """How the data are read: as in training, where they are the very file and nothing else is said."""
+        source = run.record.source
+        if self.columns != Columns() or not source or self.data.resolve() != Path(source).resolve():
+            return self.columns
+        log.info("%s is read as in training", self.data)
+        return run.record.columns
+
+    def _with_own_screen(self, run: Trained, screen: Screen) -> Run:
+        """Find the run's training cells, which the floor is fitted to."""
+        if screen.digest == run.record.screen and self.trained_on is None:
+            return Run.load(self.folder, screen=screen, device=self.device)
+        own = self.trained_on or Path(run.record.source)
+        if not (own.is_file() or own.suffix == ".zarr"):
+            raise UserError(
+                "The screen that the run was trained on is not where it was, and --score needs its floor",
+                offenders=[run.record.source or "made in memory"],
+                mend="say where it is with --trained-on, or leave out --score",
+            )
+        return Run.load(self.folder, screen=own, device=self.device)
+
+
+def _write(cells: anndata.AnnData, path: Path) -> None:
+    with written_aside(path) as aside:
+        cells.write_h5ad(aside)

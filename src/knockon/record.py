@@ -113,7 +113,9 @@ def stored(folder: Path) -> tuple[Record, Model]:
         If there is no such folder, or it is unfinished or was edited.
     """
     if not (folder / RECORD).exists():
-        raise UserError(f"{folder} is no run folder", expected="one that knockon train wrote")
+        raise UserError(
+            f"{folder} is no run folder: it has no {RECORD}", expected="one that knockon train wrote"
+        )
     record = Record.read(folder)
     if not record.finished:
         raise UserError(f"The run in {folder} has not finished", mend="give the same train command again")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.counts --data SCREEN.h5ad [--steps 800] [--flow-steps 2000] [--split FILE]
 
-On a screen with counts: the autoencoder with a count embedding that sees magnitudes and with one that does not, beside a
-negative binomial of each gene with library size; then cells of the test conditions, beside a floor (genes drawn
-independently with the *real* means of the condition), the simple baselines, and real cells.
+On a screen with counts: the autoencoder with count embeddings that see magnitudes and with one that does not,
+beside a negative binomial of each gene with library size; then cells of the test conditions, beside a floor
+(genes drawn independently with the *real* means of the condition), the simple baselines, and real cells.
 On a simulated screen of several cell types: a linear probe of the cell type on the latents.
 """
 
@@ -49,10 +49,12 @@ def autoencoder(screen: Screen, split: Split, embedding: str, steps: int, folder
 def reconstruct(screen: Screen, split: Split, runs: Sequence[Run]) -> str:
     """Score cells of test conditions, told again by each autoencoder; the floor is the same for all."""
     rows = np.concatenate([screen.rows[label] for label in split.test])
-    found = {run.folder.name: reconstruction.score(run, screen, rows) for run in runs}
-    frame = pd.concat(found, names=["embedding"]).reset_index()
+    found = {run.folder.name: reconstruction.score(run, run.screen, rows) for run in runs}
+    frame = pd.concat(found, names=["embedding", ""]).reset_index("embedding")
     lines = [tuple(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) for row in frame.to_numpy()]
-    return f"{len(rows):,} cells of {len(split.test)} test conditions.\n\n" + table(list(frame.columns), lines)
+    return f"{len(rows):,} cells of {len(split.test)} test conditions.\n\n" + table(
+        list(frame.columns), lines
+    )
 
 
 def independent(screen: Screen, split: Split, truth: Truth) -> anndata.AnnData:
@@ -89,14 +91,20 @@ def generate(screen: Screen, split: Split, vae: Run, steps: int, folder: Path) -
         screen, split, out=folder / "flow",
     )  # fmt: skip
     truth = Truth.of(screen, split)
-    made = {"scldm": flow.predict("test", cells=CELLS), "independent genes": independent(screen, split, truth)}
+    made = {
+        "scldm": flow.predict("test", cells=CELLS),
+        "independent genes": independent(screen, split, truth),
+    }
     found = [
         suites.score(Pairs.align(cells, truth), "generation").assign(model=name)
         for name, cells in made.items()
     ]
     wide = pd.concat([*found, scores.anchors(truth, split, "generation")])
     wide = wide.pivot_table(index="metric", columns="model", values="value", sort=False)
-    lines = [(name, *(f"{value:.4f}" for value in row)) for name, row in zip(wide.index, wide.to_numpy(), strict=True)]
+    lines = [
+        (name, *(f"{value:.4f}" for value in row))
+        for name, row in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
     return table(["metric", *map(str, wide.columns)], lines)
 
 
@@ -108,7 +116,9 @@ def probe(steps: int, folder: Path) -> str:
     adata = simulate.simulate(replace(simulate.contexts(), cells=4_000))
     screen = Screen.from_anndata(adata, columns=Columns(layer="counts"))
     split = splits.random(screen)
-    rows = {part: np.concatenate([screen.rows[x] for x in getattr(split, part)]) for part in ("train", "test")}
+    rows = {
+        part: np.concatenate([screen.rows[x] for x in getattr(split, part)]) for part in ("train", "test")
+    }
     types = {part: adata.obs["cell_type"].to_numpy()[found].astype(str) for part, found in rows.items()}
     lines = []
     for name in EMBEDDINGS:
@@ -130,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--data", type=Path, required=True, help="a screen; its layer counts is read")
     parser.add_argument("--covariate-keys", nargs="*", default=None)
     parser.add_argument("--split", default="additive", help="kind or file")
-    parser.add_argument("--steps", type=int, default=scldm_vae.default().train.steps, help="of the autoencoder")
+    parser.add_argument(
+        "--steps", type=int, default=scldm_vae.default().train.steps, help="of the autoencoder"
+    )
     parser.add_argument("--flow-steps", type=int, default=scldm.default().train.steps)
     options = parser.parse_args(arguments)
     screen = Screen.read(options.data, layer="counts", covariate_keys=options.covariate_keys)

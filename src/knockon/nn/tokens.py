@@ -12,11 +12,11 @@ from knockon.nn.blocks import Amount, linear
 CountEmbedding = Literal[
     "modulated", "log1p", "log1pzero", "anscombe", "sqrt", "proj", "projconcat", "softbin"
 ]
-"""How a count c enters the token of a gene with the row e. ``modulated`` scales and shifts e by a map of the count
-(ours). Four only scale e: ``log1p(c) e``; the same,
-but ``-e`` for none; ``asinh(sqrt(c + 1)) e``; ``sqrt(c + 1) e``. A layer norm undoes what is only scaled, so
-whoever reads the tokens through one cannot see how large a count is. The others add to it: ``e + w c + b``; a
-map of e beside copies of ``log1p(c)``; e and a soft choice among learned bins [scldm, section 1.3]."""
+"""How a count c enters the token of a gene with the row e. ``modulated`` is ours: a map of the count scales
+and shifts e. The others are published [scldm, section 1.3]. Four only scale e, by ``log1p(c)``; by the same,
+but by -1 for none; by ``asinh(sqrt(c + 1))``; by ``sqrt(c + 1)``. A layer norm undoes what is only scaled, so
+whoever reads the tokens through one cannot see how large a count is. Three add to it: ``e + w c + b``; a map
+of e beside copies of ``log1p(c)``; e and a soft choice among learned bins."""
 NO_GENE = 0
 """Token of no gene, which fills cells up; token i + 1 is the i-th gene."""
 

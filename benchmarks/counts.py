@@ -1,6 +1,6 @@
 """How well does scLDM tell cells again, and how well does it generate them?
 
-    python -m benchmarks.counts --data SCREEN.h5ad [--steps 800] [--flow-steps 2000] [--split FILE]
+    python -m benchmarks.counts [--data SCREEN.h5ad] [--steps 800] [--flow-steps 2000] [--split FILE]
 
 On a screen with counts: the autoencoder with count embeddings that see magnitudes and with one that does not,
 beside a negative binomial of each gene with library size; then cells of the test conditions, beside a floor
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="a screen; its layer counts is read")
+    parser.add_argument("--data", type=Path, help="its layer counts is read; the simulated demo without it")
     parser.add_argument("--covariate-keys", nargs="*", default=None)
     parser.add_argument("--split", default="additive", help="kind or file")
     parser.add_argument(
@@ -145,7 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--flow-steps", type=int, default=scldm.default().train.steps)
     options = parser.parse_args(arguments)
-    screen = Screen.read(options.data, layer="counts", covariate_keys=options.covariate_keys)
+    if options.data is None:
+        screen = Screen.from_anndata(simulate.simulate(simulate.demo()), columns=Columns(layer="counts"))
+    else:
+        screen = Screen.read(options.data, layer="counts", covariate_keys=options.covariate_keys)
     split = splits.make(options.split, screen)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

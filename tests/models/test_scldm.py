@@ -100,6 +100,8 @@ def test_guidance_identities(z):
     close(velocity(guidance="additive", weights=(1.0, 0.0)), only[0])
     open_class = velocity(given=BOTH & torch.tensor([True, False]), guidance="additive", weights=(2.0, 4.0))
     close(open_class, nothing + 2 * (only[0] - nothing))
+    open_class = velocity(given=BOTH & torch.tensor([True, False]), weights=(2.0, 4.0))
+    close(open_class, nothing + 2 * (only[0] - nothing))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,9 @@ def test_guidance_identities(z):
     ids=str,
 )  # fmt: skip
 def test_passes_that_change_nothing_are_left_out(changes, evaluations):
-    assert len(build(**changes).passes(2)) == evaluations
+    told, shares = build(**changes).passes(BOTH)
+    assert len(told) == evaluations
+    torch.testing.assert_close(shares.sum(0), torch.ones(2))
 
 
 @torch.no_grad()

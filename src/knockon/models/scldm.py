@@ -4,7 +4,6 @@ The second stage: ``scldm_vae`` is the first. Cells are latent tokens; a transfo
 noise to them under what was done and each covariate, any of which may be hidden. See docs/models/scldm.md.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -54,8 +53,8 @@ class Config(LatentArchitecture, ModelConfig):
     """Velocities are moved from the unconditioned one towards the one that knows all classes, or by the sum
     of what each class changes alone."""
     weights: tuple[float, ...] = ()
-    """Weight of what was done and of each covariate; 1, the plain condition, without. With ``joint``, their
-    mean counts."""
+    """Weight of what was done and of each covariate; 1, the plain condition, without. With ``joint``, the
+    mean of those that are given counts."""
     solver: Literal["euler", "midpoint", "heun", "rk4", "rk4_38", "dopri5"] = "heun"
     """How the flow is solved; ``dopri5`` chooses steps, which cells that are generated together share."""
     steps: int = 10
@@ -257,34 +256,32 @@ class LatentFlow(Model):
 
     def field(self, condition: Condition, given: Bool[Tensor, "sets classes"]) -> solve.Field:
         """Guided velocity; its passes are computed side by side, and none that changes nothing."""
-        passes = self.passes(given.shape[1])
-        shown = torch.stack([given & given.new_tensor(mask) for mask in passes], dim=1)
-        encoded = self.conditions(condition, shown).transpose(0, 1).flatten(0, 1)[:, None]
-        shares = list(passes.values())
+        told, shares = self.passes(given)
+        encoded = self.conditions(condition, told.transpose(0, 1)).transpose(0, 1).flatten(0, 1)[:, None]
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
-            told = encoded + self.tell(t.expand(1, 1))
-            found = self.network(z.repeat(len(shares), 1, 1, 1), told).unflatten(0, (len(shares), -1))
-            return (
-                sum(share * one for share, one in zip(shares[1:], found[1:], strict=True))
-                + shares[0] * found[0]
-            )
+            found = self.network(z.repeat(len(shares), 1, 1, 1), encoded + self.tell(t.expand(1, 1)))
+            return (shares[..., None, None, None] * found.unflatten(0, shares.shape)).sum(0)
 
         return velocity
 
-    def passes(self, classes: int) -> dict[tuple[bool, ...], float]:
-        """Classes that each pass of the network is told, and the share of its velocity."""
-        weights = self.config.weights or (1.0,) * classes
-        every, none = (True,) * classes, (False,) * classes
-        shares: defaultdict[tuple[bool, ...], float] = defaultdict(float)
+    def passes(
+        self, given: Bool[Tensor, "sets classes"]
+    ) -> tuple[Bool[Tensor, "passes sets classes"], Float[Tensor, "passes sets"]]:
+        """Classes that each pass of the network is told, and the share of its velocity; shares sum to 1."""
+        classes = given.shape[1]
+        known = given.to(self.conditions.hidden.dtype)
+        weights = known * known.new_tensor(self.config.weights or (1.0,) * classes)
         if self.config.guidance == "joint":
-            shares[every] += sum(weights) / classes
+            told = given[None]
+            shares = (weights.sum(-1) / known.sum(-1).clamp_min(1))[None]
         else:
-            for i, weight in enumerate(weights):
-                shares[tuple(j == i for j in range(classes))] += weight
-        shares[none] += 1 - sum(shares.values())
-        kept = {mask: share for mask, share in shares.items() if share}
-        return kept or {none: 1.0}
+            told = given & torch.eye(classes, dtype=torch.bool, device=given.device)[:, None]
+            shares = weights.T
+        told = torch.cat([told, torch.zeros_like(told[:1])])
+        shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
+        used = shares.ne(0).any(1)
+        return told[used], shares[used]
 
     def _draw(
         self,

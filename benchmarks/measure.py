@@ -76,6 +76,26 @@ def peak_in_child(task: Callable[..., object], *arguments: object) -> int:
         return pool.submit(_watched, task, arguments).result()
 
 
+def growth_in_child(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:
+    """Bytes by which a fresh process grows while it runs the task that ``prepare`` makes in it.
+
+    Resident memory at the highest, less what was resident before.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_grown, prepare, arguments).result()
+
+
+def _grown(prepare: Callable[..., Callable[[], object]], arguments: tuple[object, ...]) -> int:
+    task = prepare(*arguments)
+    forget = Path("/proc/self/clear_refs")
+    if forget.exists():
+        forget.write_text("5")  # the peak begins anew at what is resident now
+    before = _peak_resident()
+    task()
+    return _peak_resident() - before
+
+
 def _watched(task: Callable[..., object], arguments: tuple[object, ...]) -> int:
     task(*arguments)
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _peak_resident()

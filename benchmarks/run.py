@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import counts, memory, perturbdiff, pretraining, scdfm
+from benchmarks import counts, memory, perturbdiff, pretraining, scdfm, scldm
 from benchmarks.measure import commit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {
     "scdfm": scdfm.main,
     "perturbdiff": perturbdiff.main,
+    "scldm": scldm.main,
     "counts": counts.main,
     "memory": memory.main,
     "pretraining": pretraining.main,

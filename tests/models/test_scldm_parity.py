@@ -228,7 +228,7 @@ def test_heads_of_the_cross_attention(fixture):
 @pytest.mark.parametrize("embedding", ["log1p", "projconcat"])
 def test_gradients_of_the_autoencoder(exact, embedding, tile, monkeypatch):
     model = exact.autoencoder(variant(embedding), embedding=embedding)
-    monkeypatch.setattr(type(model.decoder), "TILE", tile)
+    monkeypatch.setattr(type(model.decoder), "CPU_TILE", tile)
     counts = exact["ae/inputs/counts"]
     model.nll(counts, model.encode(exact.tokens("expressed", model))[0]).mean().backward()
     stored = exact.weights(f"ae/grads/{embedding}/")

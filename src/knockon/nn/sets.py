@@ -156,8 +156,8 @@ class SetDecoder(nn.Module):
     It reads every latent token through a norm, so that shifting or scaling one changes nothing.
     """
 
-    TILE = 2**14
-    """Queries times cells that are alive at once."""
+    TILE, CPU_TILE = 2**14, 2**12
+    """Queries times cells that are alive at once; on a CPU as many as stay in cache."""
 
     def __init__(self, config: SetArchitecture) -> None:
         super().__init__()
@@ -190,7 +190,8 @@ class SetDecoder(nn.Module):
         def answer(part: Tensor, *tokens: Tensor) -> Tensor:
             return head(self.unpool(part, tokens))
 
-        size = max(1, self.TILE // max(1, len(latents)))
+        tile = self.CPU_TILE if latents.device.type == "cpu" else self.TILE
+        size = max(1, tile // max(1, len(latents)))
         if queries.shape[1] <= size:
             return answer(queries, *tokens)
         parts = queries.split(size, dim=1)

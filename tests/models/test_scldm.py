@@ -11,9 +11,11 @@ from knockon.data import simulate, splits
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
 from knockon.files import digest
-from knockon.model import Recipe
+from knockon.model import Model, Recipe
 from knockon.models import scldm, scldm_vae
 from knockon.models.scldm import LatentFlow
+from knockon.models.scldm_vae import SetAutoencoder
+from knockon.record import WEIGHTS
 from knockon.run import Run
 from knockon.train import Options
 from knockon.types import CellSets, Condition, Covariate, Noise, Spec, UserError
@@ -199,6 +201,34 @@ def test_stages_follow_each_other_and_the_second_predicts(run: Run, screen: Scre
     truth = share(np.concatenate([screen.cells_of(label) for label in labels]).sum(0))
     errors = [np.abs(share(x.X.sum(axis=0)) - truth).sum() for x in (made, controls)]
     assert errors[0] < errors[1]
+
+
+class Stop(Exception):
+    """What kills training in a test."""
+
+
+@pytest.mark.parametrize("stage", [SetAutoencoder, LatentFlow])
+def test_training_stopped_in_either_stage_continues_to_the_same_bits(
+    screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: type[Model]
+):
+    recipe, split = scldm.small(), splits.additive(screen)
+    short = {"steps": 5, "checkpoint_every": 2}
+    config = replace(recipe.model, stage_one=replace(recipe.model.stage_one, **short))
+    recipe = Recipe(model=config, train=replace(recipe.train, **short))
+    whole = ko.train(recipe, screen, split, out=tmp_path / "whole")
+    original, left = stage.loss, iter(range(3))
+
+    def loss(self, batch, rng):
+        if next(left, None) is None:
+            raise Stop
+        return original(self, batch, rng)
+
+    monkeypatch.setattr(stage, "loss", loss)
+    with pytest.raises(Stop):
+        ko.train(recipe, screen, split, out=tmp_path / "parts")
+    monkeypatch.undo()
+    parts = ko.train(recipe, screen, split, out=tmp_path / "parts")
+    assert digest(parts.folder / WEIGHTS) == digest(whole.folder / WEIGHTS)
 
 
 def test_an_autoencoder_serves_a_second_stage(run: Run, screen: Screen, tmp_path: Path):

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from knockon.data.values import blocks
 from knockon.dynamics import flow, solve
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training, copy_named
 from knockon.models import scldm_vae
@@ -157,10 +158,11 @@ class LatentFlow(Model):
     def fit_statistics(self, train: "Screen") -> None:
         """Learn library sizes, and note which perturbations and contexts training will have seen."""
         self.conditions.fit(self.spec.encode(train.labels))
-        sums = {
-            label: np.asarray(train.matrix[rows].sum(axis=1)).ravel() for label, rows in train.rows.items()
-        }
-        self.sizes.fit(sums, self.spec)
+
+        def sizes(rows: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.asarray(x.sum(axis=1)).ravel() for x in blocks(train.matrix, rows)])
+
+        self.sizes.fit({label: sizes(rows) for label, rows in train.rows.items()}, self.spec)
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations that were trained, and those with a vector."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from knockon.data.values import blocks, log1p
 from knockon.dynamics.likelihood import gaussian_kl, negative_binomial_of_cells
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training
 from knockon.models._released_scldm import autoencoder_from_released as from_released
@@ -128,15 +129,12 @@ class SetAutoencoder(Model):
         """Let genes begin at their share of all counts, or at the mean of their log1p."""
         if self.rates is None:
             return
-        sums, cells = np.zeros(len(self.spec.genes)), 0
-        for label in train.labels:
-            for start in range(0, len(train.rows[label]), 512):
-                block = train.gather(train.rows[label][start : start + 512]).astype(np.float64)
-                if self.config.likelihood == "gaussian":
-                    block = np.log1p(block * PER / block.sum(1, keepdims=True).clip(1))
-                sums, cells = sums + block.sum(0), cells + len(block)
+        rows, sums = np.sort(np.concatenate(list(train.rows.values()))), np.zeros(len(self.spec.genes))
+        for block in blocks(train.matrix, rows):
+            values = log1p(block, PER) if self.config.likelihood == "gaussian" else block
+            sums += np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
         if self.config.likelihood == "gaussian":
-            start = sums / max(1, cells)
+            start = sums / len(rows)
         else:
             start = np.log((sums + 0.5) / (sums.sum() + 0.5 * len(sums)))
         with torch.no_grad():

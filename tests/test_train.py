@@ -161,7 +161,7 @@ def test_patience_stops_and_the_best_weights_are_kept(
     screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 1.0, 2.0, 1.5, 0.0])
-    monkeypatch.setattr(validate, "score", lambda *_: next(scores))
+    monkeypatch.setattr(validate, "score_by", lambda *_: lambda _: next(scores))
     stopped = train(
         recipe(steps=40, patience=2, schedule="constant"), screen, split, out=tmp_path / "stopped"
     )

@@ -40,7 +40,7 @@ class Comparison:
     cells: int = 256
     """Predicted cells of each condition."""
     steps: int | None = None
-    """Training steps of every model that has any; each preset's own without it."""
+    """Training steps of every model that has any; each preset's own without it, as in earlier stages."""
     seed: int = 0
     """Seed of training, prediction and the ceiling."""
     suite: suites.Name = "core"

@@ -63,6 +63,16 @@ class Given:
                 expected="each class on its own",
                 mend="name the context as a further class, such as cell_type=CD4",
             )
+        known = set(spec.perturbations)
+        doses = zip(done.perturbations, done.doses, strict=True)
+        undosed = [name for name, dose in doses if not dose and name in known]
+        if undosed and spec.dose_unit is not None:
+            raise UserError(
+                "A perturbation without its dose",
+                offenders=undosed,
+                expected=f"a dose in {spec.dose_unit or 'the unit of the screen'}",
+                mend=f"write it as {undosed[0]}@10",
+            )
         levels = tuple(conditions.get(c.name, c.levels[0]) for c in spec.covariates)
         label = Label(done.perturbations, done.doses, levels)
         return cls(label=label, classes=tuple(name in conditions for name in spec.classes))
@@ -87,7 +97,8 @@ def generate(
 ) -> anndata.AnnData:
     """Generate cells of one condition from noise alone.
 
-    Cells depend on the model, the seed and what is given; of more cells, the first are the same.
+    Cells depend on the model, the seed, what is given and their number; whole chunks of ``CHUNK`` cells do
+    not depend on how many follow.
 
     Parameters
     ----------

@@ -93,6 +93,12 @@ def train(  # noqa: PLR0913 - each is one independent choice
     split = split if isinstance(split, Split) else splits.make(split, screen)
     stage = recipe.model.earlier()
     first = None
+    if start is not None and isinstance(stage, Recipe):
+        raise UserError(
+            "--from without the earlier stage that its weights belong to",
+            expected="the very stage that the earlier run was trained after",
+            mend=f"give it, such as --model.vae {start}/{STAGE_ONE}",
+        )
     if isinstance(stage, Path):
         found, first = stored(stage)
         recipe = dataclasses.replace(recipe, model=recipe.model.after(found.config))
@@ -266,9 +272,9 @@ def _optimize(
     objective = torch.compile(module.loss) if training.compile else module.loss
     sampler = _sampler(screen, network, split, training, fabric.device)
     validation = tuple(label for label in split.validation if len(screen.rows[label]) > 1)
-    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    score = validate.score_by(screen, network.spec, validation, training, fabric.device)
     with (
-        torch.random.fork_rng(devices=devices),
+        torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []),
         bar("training", total=training.steps, start=state.step, quiet=options.quiet) as advance,
     ):
         while state.step < training.steps and not state.exhausted(training):
@@ -295,7 +301,7 @@ def _optimize(
                 fabric.log_dict(values, state.step)
                 text = f"loss {values['total']:.4f}"
             if _due(state.step, training.validate_every) and validation:
-                state.judge(validate.score(state.predictor, screen, validation, training))
+                state.judge(score(state.predictor))
                 network.train()
                 journal.write(state.step, validation=state.score)
             if _due(state.step, training.checkpoint_every):

@@ -1,7 +1,7 @@
 """Training that begins with the weights of another run, on other genes and perturbations."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from knockon.data.splits import Split
@@ -71,18 +71,26 @@ def _different(earlier: Record, record: Record) -> list[str]:
 def leaks(folder: Path, record: Record, split: Split) -> list[str]:
     """Warn where an earlier run can have seen cells that are held out now."""
     earlier, before = Record.read(folder), read_json(folder / SPLIT)
-    if not record.source or Path(earlier.source).name != Path(record.source).name or not split.test:
+    same_file = bool(record.source) and Path(earlier.source).name == Path(record.source).name
+    if not split.test or not (same_file or earlier.screen == record.screen):
         return []
-    trained = before["train"]
-    assert isinstance(trained, list)
-    known = {entry["perturbation"] if isinstance(entry, dict) else entry for entry in trained}
-    seen = [label for label in split.test if label.perturbation in known]
+    by_context = tuple(before.get("covariates", ())) == split.covariates
+    names = split.covariates if by_context else ()
+    known = {_key(entry, names) for part in ("train", "validation") for entry in before[part]}
+    seen = [label for label in split.test if _key(split.plain(label), names) in known]
     if not seen and not earlier.columns.unlabelled:
         return []
     return [
-        f"Leak: the earlier run read {earlier.source}, with cells of the conditions that are held out now;"
-        " scores on them say nothing"
+        f"Leak: the earlier run read {earlier.source or 'this screen'}, with cells of the conditions that are"
+        " held out now; scores on them say nothing"
     ]
+
+
+def _key(entry: str | Mapping[str, str], covariates: Sequence[str]) -> tuple[str, ...]:
+    """Tell conditions apart by what was done, and by these covariates."""
+    if isinstance(entry, str):
+        return (entry,)
+    return (entry["perturbation"], *(entry[name] for name in covariates))
 
 
 def _first(names: Sequence[str], shown: int = 12) -> str:

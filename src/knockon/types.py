@@ -26,6 +26,9 @@ from torch import Tensor
 Units = Literal["log1p", "counts"]
 """Scale of expression values: natural ``log1p`` of normalized counts, or raw integer ``counts``."""
 
+CP10K = 10_000.0
+"""Counts per cell to which cells are brought where a convention says so, whatever the screen's own total."""
+
 CONTROL = "control"
 """How a cell without perturbation is written, whatever its file called it."""
 
@@ -174,7 +177,8 @@ class CellSets:
     """Cells that were measured, the first of each set; the others are copies of them that fill the set up.
     None where there are no copies."""
     embedded: Float[Tensor, "sets cells embedding"] | None = None
-    """What ``Model.embed`` made of the target cells, for a model that learns from that."""
+    """What ``Model.embed`` made of the target cells, for a model that learns from that; target and control
+    cells are then zeros."""
 
     def to(self, device: torch.device | str) -> "CellSets":
         """Move to a device."""
@@ -192,7 +196,10 @@ class CellSets:
             return self
         most = int(self.real.sum(1).max())
         real = None if self.real[:, :most].all() else self.real[:, :most]
-        return replace(self, target=self.target[:, :most], control=self.control[:, :most], real=real)
+        embedded = None if self.embedded is None else self.embedded[:, :most]
+        return replace(
+            self, target=self.target[:, :most], control=self.control[:, :most], real=real, embedded=embedded
+        )
 
 
 class Noise:

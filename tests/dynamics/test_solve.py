@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from knockon.dynamics import solve
+from knockon.types import UserError
 
 METHODS = get_args(solve.Method)
 
@@ -80,6 +81,16 @@ def test_chosen_steps_keep_the_error_near_the_tolerance(tolerance):
     assert (found - truth).abs().max() < 100 * tolerance
     assert calls[0] == 0
     assert len(calls) < 1000
+
+
+@pytest.mark.parametrize(
+    "field",
+    [lambda x, t: x * torch.nan, lambda x, t: 100 * x**2, lambda x, t: x / (0.5 - t) ** 2],
+    ids=["not finite", "bursts", "a pole"],
+)
+def test_what_cannot_be_solved_is_told(field):
+    with pytest.raises(UserError, match="cannot be solved"):
+        solve.adaptive(field, torch.ones(3, dtype=torch.float64), 0.0, 1.0)
 
 
 def test_a_constant_field_is_solved_exactly_in_few_steps():

@@ -18,7 +18,7 @@ from knockon.models.scldm_vae import SetAutoencoder
 from knockon.record import WEIGHTS
 from knockon.run import Run
 from knockon.train import Options
-from knockon.types import CellSets, Condition, Covariate, Noise, Spec, UserError
+from knockon.types import CellSets, Condition, Covariate, Label, Noise, Spec, UserError
 
 SPEC = Spec(
     genes=tuple(f"g{i}" for i in range(12)),
@@ -134,10 +134,10 @@ def test_what_training_hides(rng):
     every = build(hide="all", hidden=0.3)._hide(shape, rng)
     assert torch.equal(every[..., 0], every[..., 1])
     assert every.float().mean().item() == pytest.approx(0.7, abs=0.05)
-    one = build(hide="all_but_one", hidden=0.3)._hide(shape, rng)
+    one = build(hide="all_but_one", guidance="additive", hidden=0.3)._hide(shape, rng)
     assert not one.all(-1).any()
     assert one.float().mean((0, 1)).tolist() == pytest.approx([0.35, 0.35], abs=0.05)
-    batch = build(hide="all_but_one", hidden=0.3, left_per="batch")._hide(shape, rng)
+    batch = build(hide="all_but_one", guidance="additive", hidden=0.3, left_per="batch")._hide(shape, rng)
     assert batch.any((0, 1)).sum() == 1
 
 
@@ -247,6 +247,16 @@ def test_an_autoencoder_serves_a_second_stage(run: Run, screen: Screen, tmp_path
     assert second.record.stage == digest(run.folder / "stage_one" / "run.json")
 
 
+def test_a_flow_begins_with_another_only_beside_its_autoencoder(run: Run, screen: Screen, tmp_path: Path):
+    recipe, split = scldm.small(), splits.additive(screen)
+    with pytest.raises(UserError, match=r"--model.vae .*stage_one"):
+        ko.train(recipe, screen, split, out=tmp_path / "a", start=run.folder)
+    config = replace(recipe.model, vae=str(run.folder / "stage_one"))
+    other = replace(config, autoencoder=replace(config.autoencoder, latents=77))
+    with pytest.raises(UserError, match="autoencoder beside a finished one"):
+        ko.train(Recipe(model=other, train=recipe.train), screen, split, out=tmp_path / "b")
+
+
 def test_the_genes_of_the_earlier_stage_are_taken(run: Run, screen: Screen, tmp_path: Path):
     adata = simulate.simulate(simulate.tiny())
     adata.var_names = ["new", *adata.var_names[1:]]
@@ -275,6 +285,26 @@ def test_contradictions_are_refused():
     ):
         with pytest.raises(UserError, match=word):
             build(**changes)
+
+
+@torch.no_grad()
+def test_what_training_never_left_open_is_not_generated():
+    noise = Noise(torch.Generator().manual_seed(0))
+    part = BOTH & torch.tensor([True, False])
+    for changes, given in (({"hide": "all"}, part), ({"hidden": 0.0}, ~BOTH)):
+        model = build(**changes)
+        with pytest.raises(UserError, match="never left"):
+            model.generate(CONDITION, given, 3, noise)
+
+
+@torch.no_grad()
+def test_a_flow_that_bursts_is_told(z):
+    model = build(weights=(1e30, 1e30))
+    model.sizes.fit({Label(covariates=("x",)): np.array([100.0])}, SPEC)
+    with pytest.raises(UserError, match="not finite"):
+        model.generate(CONDITION, BOTH, 3, Noise(torch.Generator().manual_seed(0)))
+    with pytest.raises(UserError, match="cannot be solved"):
+        build(weights=(1e30, 1e30), solver="dopri5").flow(z, CONDITION, BOTH)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def test_answers_do_not_depend_on_how_many_are_given_at_once(rng, monkeypatch):
         return found.detach(), [p.grad.clone() for p in decoder.parameters()]
 
     whole, gradients = run()
-    monkeypatch.setattr(SetDecoder, "TILE", 6)
+    monkeypatch.setattr(SetDecoder, "CPU_TILE", 6)
     parts, again = run()
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(again, gradients)

@@ -83,13 +83,13 @@ def fit(
             "The values are log1p already", expected="counts to normalize", mend="leave out --total"
         )
     normalize = units == "log1p" and train.units == "counts"
-    target = (_median(train) if total in (None, "median") else float(total)) if normalize else None
+    target = _total(train, total) if normalize else None
     if panel is not None:
         chosen = set(panel)
     elif genes is None or genes >= len(train.genes):
         chosen = set(train.genes)
     else:
-        scale = None if train.units == "log1p" else target or _median(train)
+        scale = None if train.units == "log1p" else _total(train, total)
         forced = set(train.spec().perturbations if keep is None else keep)
         chosen = forced | _variable(train, scale, genes)
     kept = tuple(gene for gene in train.genes if gene in chosen)
@@ -121,6 +121,10 @@ def apply(screen: Screen, preparation: Preparation) -> Screen:
         places, genes = _places(screen, preparation.genes), preparation.genes
         matrix = matrix.panel(places) if isinstance(matrix, OnDisk) else matrix[:, places]
     return replace(screen, matrix=matrix, genes=genes, units=preparation.units, total=total)
+
+
+def _total(train: Screen, asked: float | Literal["median"] | None) -> float:
+    return _median(train) if asked in (None, "median") else float(asked)
 
 
 def _median(train: Screen) -> float:

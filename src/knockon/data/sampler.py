@@ -41,7 +41,7 @@ class Sampler:
     by_cells
         Draw each condition as often as it has cells; otherwise all alike.
     embedded
-        A row for each of the screen, to be given for target cells besides.
+        A row for each of the screen, to be given instead of the values of cells.
     """
 
     def __init__(  # noqa: PLR0913 - each is one independent choice
@@ -71,6 +71,7 @@ class Sampler:
         sizes = np.array([len(rows) for rows in self._targets])
         self._shares = sizes / sizes.sum() if by_cells else None
         self._embedded = embedded
+        self._genes = len(screen.genes)
         self._gather = resident(screen, device)
         self._device = torch.device(device)
         self.notes = _notes(screen, conditions)
@@ -87,20 +88,20 @@ class Sampler:
         if self._fills:
             measured = np.array([min(len(self._targets[i]), self.cells) for i in chosen])
             real = _to_device(np.arange(self.cells) < measured[:, None], self._device)
-        control = np.concatenate([self._draw(self._controls[i], rng) for i in chosen])
+        condition = self._codes[_to_device(chosen, self._device)]
         shape = (self.sets, self.cells, -1)
+        if self._embedded is not None:
+            rows = torch.from_numpy(target).to(self._embedded.device)
+            embedded = self._embedded[rows].view(shape).to(self._device)
+            empty = embedded.new_zeros(()).expand(self.sets, self.cells, self._genes)
+            return CellSets(target=empty, control=empty, condition=condition, real=real, embedded=embedded)
+        control = np.concatenate([self._draw(self._controls[i], rng) for i in chosen])
         return CellSets(
             target=self._gather(target).view(shape),
             control=self._gather(control).view(shape),
-            condition=self._codes[_to_device(chosen, self._device)],
+            condition=condition,
             real=real,
-            embedded=self._embedding(target, shape),
         )
-
-    def _embedding(self, rows: Int[np.ndarray, "rows"], shape: tuple[int, int, int]) -> Tensor | None:
-        if self._embedded is None:
-            return None
-        return self._embedded[torch.from_numpy(rows).to(self._embedded.device)].view(shape).to(self._device)
 
     def _draw(self, rows: Int[np.ndarray, "pool"], rng: np.random.Generator) -> Int[np.ndarray, "cells"]:
         if self.replace:

@@ -49,12 +49,13 @@ class Split:
 
     def write(self, path: str | Path) -> None:
         """Write as JSON; conditions are text, or objects where they have a context."""
-        parts = {part: [self._plain(label) for label in getattr(self, part)] for part in get_args(Part)}
+        parts = {part: [self.plain(label) for label in getattr(self, part)] for part in get_args(Part)}
         head = {"kind": self.kind, "seed": self.seed, "digest": self.digest}
         tail = {"covariates": list(self.covariates), "heldout": list(self.heldout)}
         write_json(Path(path), {**head, **parts, **tail})
 
-    def _plain(self, label: Label) -> str | dict[str, str]:
+    def plain(self, label: Label) -> str | dict[str, str]:
+        """Write a condition as text, or as an object where it has a context."""
         if not self.covariates:
             return label.perturbation
         return {

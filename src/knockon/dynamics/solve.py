@@ -5,6 +5,7 @@ An explicit Runge-Kutta step from t to t + s with coefficients a, b, c evaluates
 [hairer1993, II.1].
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,8 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from knockon.types import UserError
 
 Method = Literal["euler", "midpoint", "heun", "rk4", "rk4_38"]
 """``rk4`` is the classical rule of order 4, ``rk4_38`` the 3/8 rule of the same order."""
@@ -111,6 +114,8 @@ MIDDLE = (
     187940372067 / 1594534317056, -1776094331 / 19743644256, 11237099 / 235043384,
 )  # fmt: skip
 """Weights of the state in the middle of a step, in units of half the step [shampine1986]."""
+MOST_STEPS = 10_000
+"""Steps after which solving is given up."""
 ERROR_SHARE = 2 / 3
 """Of the difference between both methods, what counts as the error, as in the released program of scLDM."""
 
@@ -129,9 +134,14 @@ def adaptive(
         In the order of travel, forwards.
     tolerance
         Of each entry, absolute and relative to its size.
+
+    Raises
+    ------
+    UserError
+        If the steps become too small or too many, or the field is not finite.
     """
     slope = field(x, x.new_tensor(start))
-    t, step = start, _first_step(field, x, slope, start, tolerance)
+    t, step, tried = start, _first_step(field, x, slope, start, tolerance), 0
     while True:
         slopes = [slope]
         for node, stage in zip(NODES, STAGES, strict=True):
@@ -140,6 +150,13 @@ def adaptive(
         weights = tuple(ERROR_SHARE * (a - b) for a, b in zip(FIFTH, FOURTH, strict=True))
         error = _move(torch.zeros_like(x), x.new_tensor(step), weights, slopes)
         ratio = _size(error, torch.maximum(x.abs(), new.abs()), tolerance)
+        tried += 1
+        if not math.isfinite(ratio) or t + step == t or tried > MOST_STEPS:
+            raise UserError(
+                f"The flow cannot be solved to {tolerance:g}: stuck at t = {t:.3g} after {tried} steps",
+                expected="a smooth and finite velocity",
+                mend="lower the weights of guidance, or choose a solver with fixed steps",
+            )
         if ratio <= 1 and t + step >= stop:
             middle = _move(x, x.new_tensor(step / 2), MIDDLE, slopes)
             return _quartic((stop - t) / step, step, (x, middle, new), (slope, slopes[-1]))
@@ -157,7 +174,7 @@ def _size(x: Tensor, scale: Tensor, tolerance: float) -> float:
 def _first_step(field: Field, x: Tensor, slope: Tensor, start: float, tolerance: float) -> float:
     """Guess a step from the sizes of the first two derivatives [hairer1993, II.4]."""
     state, first = _size(x, x.abs(), tolerance), _size(slope, x.abs(), tolerance)
-    tiny = 1e-6 if min(state, first) < 1e-5 else 0.01 * state / first
+    tiny = 0.01 * state / first if min(state, first) >= 1e-5 and math.isfinite(first) else 1e-6
     after = field(x + tiny * slope, x.new_tensor(start + tiny))
     second = _size(after - slope, x.abs(), tolerance) / tiny
     largest = max(first, second)

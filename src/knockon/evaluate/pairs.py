@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from knockon.data import conventions, prepare, values
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.evaluate.space import TOTAL, Space
-from knockon.types import Label, Units, UserError
+from knockon.evaluate.space import Space
+from knockon.types import CP10K, Label, Units, UserError
 
 Context = tuple[str, ...]
 
@@ -247,7 +247,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if units == "counts":
-        per = f"{screen.total:g} (suite generation: {TOTAL:,g})"
+        per = f"{screen.total:g} (suite generation: {CP10K:,g})"
         notes.append(f"counts are compared as log1p of counts per {per}, on both sides")
     alone = [str(label) for label in test if len(screen.rows[label]) == 1]
     if alone:

@@ -31,12 +31,10 @@ from knockon.model import Model, device_of
 from knockon.models.scldm import LatentFlow
 from knockon.models.scldm_vae import SetAutoencoder
 from knockon.run import Run
-from knockon.types import Noise, UserError
+from knockon.types import CP10K, Noise, UserError
 
 BLOCK = 256
 """Cells that are reconstructed at once."""
-PER = 10_000
-"""Sum to which counts are normalized before log1p."""
 LARGEST = 1e6
 """Dispersion r of a gene whose counts vary no more than Poisson counts do."""
 FLOOR = "floor"
@@ -310,7 +308,7 @@ def _log1p(counts: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells genes"]
     """Natural logarithm of 1 + counts per 10,000 of each cell; a cell without counts stays empty."""
     counts = counts.double()
     sums = counts.sum(-1, keepdim=True)
-    return (counts * PER / torch.where(sums > 0, sums, 1.0)).log1p()
+    return (counts * CP10K / torch.where(sums > 0, sums, 1.0)).log1p()
 
 
 def _squares(block: sp.csr_matrix) -> Float[np.ndarray, "genes"]:

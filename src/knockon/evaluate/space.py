@@ -9,14 +9,13 @@ import scipy.sparse as sp
 from jaxtyping import Float
 
 from knockon.data.screen import Screen
+from knockon.types import CP10K
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
 
 DIMS = 30
 """Principal components, as in the published tables of generated cells [scldm]."""
-TOTAL = 10_000.0
-"""Counts of a cell to which values are brought before ``log1p``."""
 MOST = 20_000
 """Training cells that components are fitted on, so that memory does not grow with the screen."""
 
@@ -41,7 +40,7 @@ class Space:
         cells
             In log1p of the screen's total. Where that is not known, they stay as they are.
         """
-        factor = TOTAL / (self.train.total or TOTAL)
+        factor = CP10K / (self.train.total or CP10K)
         if factor == 1:
             return cells
         values = np.log1p(np.expm1(cells.data.astype(np.float64)) * factor)

@@ -38,7 +38,7 @@ class Config(LatentArchitecture, ModelConfig):
     )  # fmt: skip
 
     vae: str = ""
-    """Run folder of the autoencoder; without one it is trained first, into ``vae`` of the run folder."""
+    """Run folder of the autoencoder; without one it is trained first, into ``stage_one`` of the folder."""
     autoencoder: scldm_vae.Config = field(default_factory=scldm_vae.Config)
     """What the autoencoder is, where none is given."""
     stage_one: Training = field(default_factory=lambda: scldm_vae.default().train)
@@ -82,6 +82,18 @@ class Config(LatentArchitecture, ModelConfig):
             (not 0 <= self.hidden < 1, "hidden to be at least 0 and below 1"),
             (self.steps < 1 or self.tolerance <= 0, "at least one of steps, and a tolerance above 0"),
             (len(self.weights) not in (0, classes), f"no weights, or one for each of the {classes} classes"),
+            (
+                classes > 1 and self.guidance == "additive" and self.hide == "all",
+                "a run trained with hide=each or all_but_one for additive guidance: no class was shown alone",
+            ),
+            (
+                classes > 1 and self.guidance == "joint" and self.hide == "all_but_one",
+                "guidance=additive after hide=all_but_one: classes were never shown together",
+            ),
+            (
+                not self.hidden and any(weight != 1 for weight in self.weights),
+                "weights of 1 where nothing was hidden in training (hidden=0)",
+            ),
         ):
             if wrong:
                 raise UserError("Options of scldm that do not fit together", expected=expected)
@@ -95,7 +107,14 @@ class Config(LatentArchitecture, ModelConfig):
         """Note what the autoencoder is."""
         if not isinstance(earlier, scldm_vae.Config):
             raise UserError(f"{self.vae} is no autoencoder", expected="a run of scldm_vae")
-        return replace(self, autoencoder=earlier)
+        makers = (Config, *(lambda p=p: p().model for p in (default, paper, small)))
+        if self.autoencoder not in (earlier, *(make().autoencoder for make in makers)):
+            raise UserError(
+                "Options of the autoencoder beside a finished one",
+                expected=f"none: {self.vae} is taken as it is",
+                mend="leave out --model.autoencoder options, or leave out --model.vae",
+            )
+        return replace(self, autoencoder=earlier, vae=str(Path(self.vae).resolve()))
 
 
 def default() -> Recipe:
@@ -191,8 +210,10 @@ class LatentFlow(Model):
 
     def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
         """Squared error of the velocity at a random time."""
-        data = self.embed(batch.target.flatten(0, 1)) if batch.embedded is None else batch.embedded
-        x1 = data.view(*batch.target.shape[:2], *self.shape)
+        data = batch.embedded
+        if data is None:
+            data = self.embed(batch.target.flatten(0, 1)).unflatten(0, batch.target.shape[:2])
+        x1 = data.unflatten(-1, self.shape)
         x0 = torch.randn(x1.shape, generator=rng, device=x1.device, dtype=x1.dtype)
         t = torch.rand(x1.shape[:2], generator=rng, device=x1.device, dtype=x1.dtype)
         errors = self.errors(x0, x1, t, batch.condition, self._hide(x1.shape[:2], rng))
@@ -240,6 +261,13 @@ class LatentFlow(Model):
         self, condition: Condition, given: Bool[Tensor, "sets classes"], cells: int, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Draw cells under the classes that are given; without any, cells of no condition in particular."""
+        part = given.any(1) & ~given.all(1)
+        if (self.config.hide == "all" and part.any()) or (not self.config.hidden and not given.all()):
+            raise UserError(
+                "Training never left a part of a condition open",
+                expected="all classes, or none of them where they were hidden together",
+                mend="name all of " + ", ".join(self.spec.classes) + ", or train with --model.hide each",
+            )
         like = self.network.places.new_zeros(len(given), cells)
         return self._draw(condition, given, like, None, noise)
 
@@ -296,6 +324,12 @@ class LatentFlow(Model):
         z = noise.normal(like.new_zeros(*like.shape, *self.shape))
         drawn = self.sizes(condition, given, noise, like) if sizes is None else sizes
         z = self.flow(z, condition, given)
+        if not z.isfinite().all():
+            raise UserError(
+                "The flow leads to values that are not finite",
+                expected="weights of guidance near 1, or a run that has learned",
+                mend="lower --weights, or take more steps",
+            )
         return self.autoencoder.draw(z, drawn, noise if self.config.counts == "sampled" else None)
 
     def _hide(self, shape: torch.Size, rng: torch.Generator) -> Bool[Tensor, "sets cells classes"]:

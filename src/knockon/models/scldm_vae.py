@@ -18,15 +18,15 @@ from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training
 from knockon.models._released_scldm import autoencoder_from_released as from_released
 from knockon.nn.sets import EPSILON, SetArchitecture, SetDecoder, SetEncoder, norm
 from knockon.nn.tokens import CountEmbedding, CountEncoder, Tokens, all_genes, expressed_genes
-from knockon.types import CellSets, Condition, Noise, Spec, UserError
+from knockon.types import CP10K, CellSets, Condition, Noise, Spec, UserError
 
 __all__ = ["Config", "SetAutoencoder", "default", "from_released", "paper", "small"]
 
 if TYPE_CHECKING:
     from knockon.data.screen import Screen
 
-PER = 10_000
-"""Sum to which the Gaussian head's values are normalized, before log1p."""
+LARGEST = 15.0
+"""Of the logarithm of an inverse dispersion, either way; beyond it nothing can be told apart or drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class SetAutoencoder(Model):
             return
         rows, sums = np.sort(np.concatenate(list(train.rows.values()))), np.zeros(len(self.spec.genes))
         for block in blocks(train.matrix, rows):
-            values = log1p(block, PER) if self.config.likelihood == "gaussian" else block
+            values = log1p(block, CP10K) if self.config.likelihood == "gaussian" else block
             sums += np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
         if self.config.likelihood == "gaussian":
             start = sums / len(rows)
@@ -190,6 +190,7 @@ class SetAutoencoder(Model):
         found = self.encoder(self.counts(tokens.genes, tokens.counts), tokens.raised)
         if not self.config.posterior:
             return norm(found), found.new_zeros(len(found))
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
         mean, log_variance = found.chunk(2, dim=-1)
         log_variance = log_variance.clamp(-14, 10)
         kl = gaussian_kl(mean, log_variance).flatten(1).sum(1)
@@ -223,7 +224,7 @@ class SetAutoencoder(Model):
         if self.config.likelihood == "gaussian":
             return first, torch.ones_like(first)
         inverse = found[..., 1] if self.log_inverse is None else self.log_inverse[genes]
-        return sizes[:, None] * first.softmax(-1), inverse.exp()
+        return sizes[:, None] * first.softmax(-1), inverse.clamp(-LARGEST, LARGEST).exp()
 
     def nll(
         self,
@@ -236,7 +237,7 @@ class SetAutoencoder(Model):
         mean, inverse = self.decode(latents, sizes)
         with torch.autocast(cells.device.type, enabled=False):
             if self.config.likelihood == "gaussian":
-                wanted = (cells * PER / sizes.clamp_min(1)[:, None]).log1p()
+                wanted = (cells * CP10K / sizes.clamp_min(1)[:, None]).log1p()
                 return (mean - wanted).square().sum(-1)
             return -negative_binomial_of_cells(cells, mean, inverse)
 
@@ -260,7 +261,7 @@ class SetAutoencoder(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Draw counts from what ``decode`` has found, or return expected ones where there is no noise."""
         if self.config.likelihood == "gaussian":
-            counts = mean.clamp_min(0).expm1() * sizes[..., None] / PER
+            counts = mean.clamp_min(0).expm1() * sizes[..., None] / CP10K
             return counts if noise is None else counts.round()
         return mean if noise is None else noise.negative_binomial(mean, inverse)
 

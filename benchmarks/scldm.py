@@ -1,6 +1,6 @@
 """knockon's scLDM against the literal formulation: the same numbers first, then memory and time.
 
-    python -m benchmarks.scldm [--quick] [--threads 2] [--repeats 3] [--only "stage one" ...]
+    python -m benchmarks.scldm [--size default] [--threads 2] [--repeats 3] [--only "stage one" ...]
 
 - *stage one*: a training step of the autoencoder, its peak memory and its time.
 - *stage two*: a training step of the flow. The literal program encodes the cells of every batch again;
@@ -25,9 +25,10 @@ from knockon.models.scldm import LatentFlow
 from knockon.models.scldm_vae import SetAutoencoder
 from knockon.types import CellSets, Condition, Covariate, Label, Noise, Spec
 
-TOLERANCE = {"gradients": 1e-4}
+TOLERANCE = {"gradients": 3e-4}
 """Of entries, relative to the largest; 1e-5 where nothing else is said. Some gradients of the literal
-formulation are 6e-5 from double precision, and knockon's 7e-6: it sums thousands of paddings one by one."""
+formulation are further than that from double precision, and knockon's are not: it sums thousands of paddings
+one by one."""
 TASKS = ("memory", "stage one", "stage two", "sampling")
 TARGETS = {"memory": 4.0, "stage two": 5.0, "sampling": 3.0}
 CLASSES = ("perturbation", "cell_type")
@@ -77,7 +78,10 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(),
+    "released": Size(),
+    "default": Size(
+        width=64, latents=16, flow_width=128, flow_layers=4, flow_heads=4, cells=16, batch=128, made=32
+    ),
     "quick": Size(
         genes=60, small=30, tokens=40, expressed=15, width=16, latents=4, latent_width=8, flow_width=32,
         flow_layers=2, flow_heads=2, held=4, cells=4, batch=4, made=4, steps=2,
@@ -349,14 +353,19 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small networks, to try the benchmark itself")
+    parser.add_argument(
+        "--size",
+        choices=tuple(SIZES),
+        default="released",
+        help="of the networks: the released ones, those of the default presets, or tiny ones, to try it",
+    )
     parser.add_argument("--only", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--held", type=int, help="cells of the batch whose memory is measured")
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    size = SIZES["quick" if options.quick else "cpu"]
+    size = SIZES[options.size]
     size = replace(size, held=options.held or size.held)
     found, rows = times(size, options.only, options.repeats)
     agreement = ", ".join(f"{name} {value:.1e}" for name, value in found.items())

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,8 @@ def test_what_cannot_be_given_is_refused_by_name(screen: Screen, model: Model) -
         Given.of({"perturbation": f"{screen.conditions[0]}"}, spec)
     with pytest.raises(UserError, match=r"Unknown cell_type.*nowhere"):
         generate(model, Given.of({"cell_type": "nowhere"}, spec))
+    with pytest.raises(UserError, match="without its dose: drug1"):
+        Given.of({"perturbation": "drug1"}, replace(spec, perturbations=("drug1",), dose_unit="uM"))
     with pytest.raises(UserError, match=r"Unknown perturbation.*NOPE"):
         generate(model, Given.of({"perturbation": "NOPE"}, spec))
     with pytest.raises(Refusal, match="no basis"):

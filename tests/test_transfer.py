@@ -139,3 +139,25 @@ def test_a_leak_through_pretraining_is_said(
     with caplog.at_level("INFO", logger="knockon"):
         ko.train(recipe, screen, "additive", out=tmp_path / "c", start=tmp_path / "all")
     assert "Leak: the earlier run" in caplog.text
+
+
+def test_the_same_perturbation_in_another_context_is_no_leak(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two runs on one context split; and one on everything, of the same screen under another name."""
+    drugs = simulate.Simulation(
+        cells=300, genes=20, singles=0, doubles=0, drugs=2, doses=(1.0,), cell_types=2, truth_cells=64
+    )
+    simulate.simulate(drugs).write_h5ad(tmp_path / "screen.h5ad")
+    (tmp_path / "other.h5ad").write_bytes((tmp_path / "screen.h5ad").read_bytes())
+    recipe = models.recipe("perturbdiff", "small")
+    recipe = replace(recipe, train=replace(recipe.train, steps=1))
+    screen, other = (Screen.read(tmp_path / name) for name in ("screen.h5ad", "other.h5ad"))
+    split = splits.context(screen)
+    ko.train(recipe, screen, split, out=tmp_path / "same")
+    ko.train(recipe, other, "none", out=tmp_path / "all")
+    for start, leaks in (("same", False), ("all", True)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="knockon"):
+            ko.train(recipe, screen, split, out=tmp_path / f"after_{start}", start=tmp_path / start)
+        assert ("Leak" in caplog.text) == leaks

@@ -95,6 +95,6 @@ def test_knockon_gives_the_same_numbers():
 
 
 def test_the_benchmark_runs():
-    text = scldm.main(["--quick", "--repeats", "1", "--threads", "1", "--only", *scldm.TASKS[1:]])
+    text = scldm.main(["--size", "quick", "--repeats", "1", "--threads", "1", "--only", *scldm.TASKS[1:]])
     assert text.count("| knockon |") == 4
     scldm.prepare("knockon", scldm.SIZES["quick"], threads=1)()

@@ -123,3 +123,18 @@ def test_real_screens(shared):
     assert len(inside) == 9
     assert inside <= set(preparation.genes)
     assert prepare.apply(screen, preparation).matrix.shape == (18826, len(preparation.genes))
+
+
+def test_the_same_genes_are_chosen_for_models_of_counts_and_of_log1p(screen):
+    for total in (None, 50.0):
+        panels = [prepare.fit(screen, units=u, genes=10, total=total).genes for u in ("counts", "log1p")]
+        assert panels[0] == panels[1]
+
+
+def test_a_panel_of_counts_knows_its_share_of_all_counts(screen):
+    preparation = prepare.fit(screen, units="counts", panel=screen.genes[:7])
+    assert preparation.genes == screen.genes[:7]
+    rows = np.concatenate(list(screen.rows.values()))
+    counts = screen.gather(rows)
+    assert preparation.share == pytest.approx(counts[:, :7].sum() / counts.sum())
+    assert prepare.fit(screen, units="counts").share == 1

@@ -139,3 +139,23 @@ def test_conditions_without_cells_are_refused(screen):
         sampler(screen, conditions=[Label.of(["X"])])
     with pytest.raises(UserError, match="Conditions without cells"):
         sampler(screen, conditions=[])
+
+
+def test_conditions_are_drawn_as_often_as_they_have_cells(screen):
+    alike, by_cells = (sampler(screen, sets=4000, cells=1, by_cells=x).batch(0) for x in (False, True))
+    sizes = np.array([len(screen.rows[label]) for label in screen.conditions])
+    codes = screen.spec().encode(screen.conditions).perturbation
+    for batch, wanted in ((alike, np.full(len(sizes), 1 / len(sizes))), (by_cells, sizes / sizes.sum())):
+        same = (batch.condition.perturbation[:, None] == codes).all(-1).float()
+        np.testing.assert_allclose(same.mean(0).numpy(), wanted, atol=0.03)
+
+
+def test_what_was_embedded_is_given_instead_of_values(screen):
+    table = torch.arange(2.0 * screen.matrix.shape[0]).view(-1, 2)
+    batch, plain = sampler(screen, embedded=table).batch(3), sampler(screen).batch(3)
+    assert batch.embedded is not None
+    assert batch.embedded[..., 0].flatten().tolist() == [
+        2 * row for row in rows_of(plain.target.numpy(), screen)
+    ]
+    assert batch.target.shape == plain.target.shape
+    assert not batch.target.any()

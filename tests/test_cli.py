@@ -40,21 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Give a command that must end in one message and exit status 2; return the message."""
-
-    def give(*arguments: str | Path) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        message = capsys.readouterr().err
-        assert ended.value.code == 2, message
-        assert "Traceback" not in message
-        return " ".join(message.split())
-
-    return give
-
-
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

@@ -1,11 +1,10 @@
 """Weights of the released PerturbDiff program, under the names and in the shapes that they have here."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from knockon.models._released import Weights, renamed, tensors
 from knockon.types import Spec, UserError
 
 RENAMED = (
@@ -29,9 +28,7 @@ BLOCK = (
 COVARIATES = ("cov_encoder.celltype_encoder.weight", "cov_encoder.batch_encoder.weight")
 
 
-def from_released(
-    weights: Mapping[str, np.ndarray], spec: Spec, covariates: Sequence[str] = COVARIATES
-) -> dict[str, Tensor]:
+def from_released(weights: Weights, spec: Spec, covariates: Sequence[str] = COVARIATES) -> dict[str, Tensor]:
     """Parameters of a ``PerturbDiff`` in its paper preset from those of a released checkpoint.
 
     Linear in the weights, so gradients are translated as well. Left out is what never reaches an output:
@@ -52,7 +49,7 @@ def from_released(
     UserError
         If the checkpoint was made for other genes or perturbations than the spec's.
     """
-    released = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
+    released = tensors(weights)
     genes, known = len(released["model.final_layer.linear.bias"]), len(spec.perturbations) + 1
     rows = len(released["cov_encoder.pert_encoder.weight"])
     if (genes, rows) != (len(spec.genes), known):
@@ -64,7 +61,7 @@ def from_released(
 
 
 def _translated(released: dict[str, Tensor], covariates: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    yield from _renamed(released, RENAMED, "", "")
+    yield from renamed(released, RENAMED, "", "")
     genes = len(released["model.final_layer.linear.bias"])
     yield "network.control.weight", released["model.x_control_embedder.weight"][:, :genes]
     yield "network.control.bias", released["model.x_control_embedder.bias"]
@@ -86,16 +83,8 @@ def _block(released: dict[str, Tensor], index: int, *, last: bool) -> Iterator[t
     for kind in ("weight", "bias"):
         out = released[f"{old}attn.proj.{kind}"]
         yield f"{new}attention.outputs.0.{kind}", out[:width] if last else out
-    for name, tensor in _renamed(released, BLOCK, old, new):
+    for name, tensor in renamed(released, BLOCK, old, new):
         if not last or ".control." not in name:
             yield name, tensor
         elif "modulation" in name:
             yield name, tensor[: 2 * width]
-
-
-def _renamed(
-    released: dict[str, Tensor], names: tuple[tuple[str, str], ...], old: str, new: str
-) -> Iterator[tuple[str, Tensor]]:
-    for theirs, ours in names:
-        for kind in ("weight", "bias"):
-            yield f"{new}{ours}.{kind}", released[f"{old}{theirs}.{kind}"]

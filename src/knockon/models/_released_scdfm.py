@@ -1,11 +1,11 @@
 """Weights of the released scDFM program, under the names and in the shapes that they have here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from knockon.models._released import Weights, renamed, tensors
 from knockon.types import CONTROL, Spec, UserError
 
 SPECIALS = ("<pad>", "<cls>", "<mask>", CONTROL)
@@ -52,7 +52,7 @@ BLOCKS = (
 """Released and own names of the blocks of a layer; what they project from the state and the reference."""
 
 
-def from_released(weights: Mapping[str, np.ndarray], spec: Spec) -> dict[str, Tensor]:
+def from_released(weights: Weights, spec: Spec) -> dict[str, Tensor]:
     """Parameters of an ``SCDFM`` from those of a released checkpoint.
 
     Linear in the weights, so gradients are translated as well. Left out are the head that predicts
@@ -76,36 +76,27 @@ def from_released(weights: Mapping[str, np.ndarray], spec: Spec) -> dict[str, Te
     UserError
         If the tables are too small for the spec.
     """
-    released = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
+    released = tensors(weights)
     return {f"network.{name}": tensor for name, tensor in _translated(released, spec)}
 
 
 def _translated(released: dict[str, Tensor], spec: Spec) -> Iterator[tuple[str, Tensor]]:
-    yield from _renamed(released, RENAMED, "", "")
+    yield from renamed(released, RENAMED, "", "")
     yield from _tables(released, spec)
     yield from _neighbor_attention(released)
     layers = 1 + max(int(name.split(".")[1]) for name in released if name.startswith("blocks."))
     for index in range(layers):
         numbered = tuple((theirs.format(index), ours) for theirs, ours in IN_LAYER)
-        yield from _renamed(released, numbered, "", f"layers.{index}.")
+        yield from renamed(released, numbered, "", f"layers.{index}.")
         for theirs, ours, of_state, of_reference in BLOCKS:
             old, new = f"blocks.{index}.{theirs}.", f"layers.{index}.{ours}."
-            yield from _renamed(released, IN_BLOCK, old, new)
+            yield from renamed(released, IN_BLOCK, old, new)
             for name, parts in (("from_state", of_state), ("from_reference", of_reference)):
                 stacked = torch.cat([released[f"{old}attn.{part}.weight"] for part in parts])
                 yield f"{new}attention.{name}.weight", stacked
             lambdas = [released[f"{old}attn.lambda_{part}"] for part in ("q1", "k1", "q2", "k2")]
             yield f"{new}attention.lambdas", torch.stack(lambdas)
             yield f"{new}attention.scale", released[f"{old}attn.subln.weight"]
-
-
-def _renamed(
-    released: dict[str, Tensor], names: tuple[tuple[str, str], ...], old: str, new: str
-) -> Iterator[tuple[str, Tensor]]:
-    for theirs, ours in names:
-        for kind in ("weight", "bias"):
-            if f"{old}{theirs}.{kind}" in released:
-                yield f"{new}{ours}.{kind}", released[f"{old}{theirs}.{kind}"]
 
 
 def _tables(released: dict[str, Tensor], spec: Spec) -> Iterator[tuple[str, Tensor]]:
@@ -117,7 +108,7 @@ def _tables(released: dict[str, Tensor], spec: Spec) -> Iterator[tuple[str, Tens
             "conditions.own.table.weight",
             _rows(released[f"{old}embedding.weight"], drugs, spec.perturbations),
         )
-        yield from _renamed(released, ((f"{old}enc_norm", "conditions.own.norm"),), "", "")
+        yield from renamed(released, ((f"{old}enc_norm", "conditions.own.norm"),), "", "")
 
 
 def _rows(table: Tensor, vocabulary: list[str], names: tuple[str, ...]) -> Tensor:

@@ -1,14 +1,13 @@
 """Weights of the released scLDM program, under the names and in the shapes that they have here."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from knockon.models._released import Weights, renamed, tensors
 from knockon.types import Spec, UserError
 
-Weights = Mapping[str, np.ndarray]
 BLOCK = (("attn.c_attn", "attention.inputs"), ("attn.c_proj", "attention.out"))
 CROSS = (
     ("ln_1", "set_norm"),
@@ -50,7 +49,7 @@ def autoencoder_from_released(weights: Weights, spec: Spec) -> dict[str, Tensor]
     UserError
         If the checkpoint was made for another number of genes.
     """
-    released = _tensors(weights)
+    released = tensors(weights)
     rows = len(released["input_layer.gene_embedding.weight"])
     if rows != len(spec.genes) + 1:
         raise UserError(f"A checkpoint of {rows - 1} genes", expected=f"{len(spec.genes)}")
@@ -75,7 +74,7 @@ def from_released(weights: Weights, spec: Spec, classes: Sequence[str]) -> dict[
     UserError
         If the checkpoint's tables have other lengths.
     """
-    released = _tensors(weights)
+    released = tensors(weights)
     tables = [released[f"class_embeddings.{name}.weight"] for name in classes]
     found = [len(table) - 1 for table in tables]
     expected = [len(spec.perturbations), *(len(covariate.levels) for covariate in spec.covariates)]
@@ -86,7 +85,7 @@ def from_released(weights: Weights, spec: Spec, classes: Sequence[str]) -> dict[
 
 def _autoencoder(released: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     shared = "decoder_head.theta.weight" in released
-    for name, tensor in _renamed(released, INPUTS, "", ""):
+    for name, tensor in renamed(released, INPUTS, "", ""):
         if not (shared and name == "head.bias"):
             yield name, tensor
     if shared:
@@ -98,20 +97,20 @@ def _autoencoder(released: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         ("encoder.ca_layer.", "encoder.pool."),
         ("decoder.decoder_cross_attention.", "decoder.unpool."),
     ):
-        yield from _renamed(released, CROSS, theirs, ours)
+        yield from renamed(released, CROSS, theirs, ours)
         yield from _maps(released, theirs, ours)
     for side in ("encoder", "decoder"):
         for index in _indices(released, f"{side}.{side}_layers."):
             theirs, ours = f"{side}.{side}_layers.{index}.", f"{side}.blocks.{index}."
-            yield from _renamed(released, SELF, theirs, ours)
+            yield from renamed(released, SELF, theirs, ours)
             yield from _maps(released, theirs, ours)
 
 
 def _flow(released: dict[str, Tensor], tables: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield from _renamed(released, FLOW, "", "")
+    yield from renamed(released, FLOW, "", "")
     for index in _indices(released, "blocks."):
         theirs, ours = f"blocks.{index}.", f"network.blocks.{index}."
-        yield from _renamed(released, BLOCK, theirs, ours)
+        yield from renamed(released, BLOCK, theirs, ours)
         yield from _maps(released, theirs, ours)
         for kind in ("weight", "bias"):
             parts = released[f"{theirs}adaln_modulation.1.{kind}"].chunk(6)
@@ -127,19 +126,6 @@ def _maps(released: dict[str, Tensor], old: str, new: str) -> Iterator[tuple[str
     yield f"{new}maps.out.weight", released[f"{old}mlp.c_proj.weight"]
 
 
-def _renamed(
-    released: dict[str, Tensor], names: tuple[tuple[str, str], ...], old: str, new: str
-) -> Iterator[tuple[str, Tensor]]:
-    for theirs, ours in names:
-        for kind in ("weight", "bias"):
-            if f"{old}{theirs}.{kind}" in released:
-                yield f"{new}{ours}.{kind}", released[f"{old}{theirs}.{kind}"]
-
-
 def _indices(released: dict[str, Tensor], prefix: str) -> range:
     found = {int(name.removeprefix(prefix).split(".")[0]) for name in released if name.startswith(prefix)}
     return range(len(found))
-
-
-def _tensors(weights: Weights) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}

@@ -7,10 +7,11 @@ from typing import ClassVar, final
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from knockon.data.screen import Screen
 from knockon.model import Losses, Model
+from knockon.nn.conditions import ConditionTable
 from knockon.nn.counts import Dispersion
 from knockon.types import CellSets, Condition, Label, Noise, Spec, Units, UserError
 
@@ -83,7 +84,7 @@ class MeanModel(Model, ABC):
         return torch.where(same.any(1), same.int().argmax(1), len(self.contexts))
 
 
-class MeasuredEffects(nn.Module):
+class MeasuredEffects(ConditionTable):
     """A table of the effect of every training condition, one row for each.
 
     An effect is the mean of the condition's cells minus the mean of the control cells of the same
@@ -93,27 +94,18 @@ class MeasuredEffects(nn.Module):
     mean over all contexts that have it does.
     """
 
-    perturbation: Int[Tensor, "rows slots"]
-    dose: Float[Tensor, "rows slots"]
-    covariates: Int[Tensor, "rows covs"]
     effect: Float[Tensor, "rows genes"]
 
     def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self.register_buffer("perturbation", torch.zeros(0, spec.slots, dtype=torch.long))
-        self.register_buffer("dose", torch.zeros(0, spec.slots))
-        self.register_buffer("covariates", torch.zeros(0, len(spec.covariates), dtype=torch.long))
+        super().__init__(spec)
         self.register_buffer("effect", torch.zeros(0, len(spec.genes)))
 
     def fit(self, train: Screen, spec: Spec) -> None:
         """Fill the table from training cells."""
-        effects, device = effects_of(train), self.effect.device
-        rows = spec.encode(tuple(effects)).to(device)
-        rows = rows.ordered(spec.slots)
-        self.perturbation, self.dose = rows.perturbation, rows.dose
-        self.covariates = rows.covariates
+        effects = effects_of(train)
+        self.remember(effects, spec)
         table = np.array(list(effects.values()), dtype=np.float32).reshape(-1, len(spec.genes))
-        self.effect = torch.from_numpy(table).to(device)
+        self.effect = torch.from_numpy(table).to(self.effect.device)
 
     def forward(self, weights: Float[Tensor, "*sets rows"]) -> Float[Tensor, "*sets genes"]:
         """Weighted sum of the measured effects."""
@@ -126,8 +118,7 @@ class MeasuredEffects(nn.Module):
 
     def exact(self, condition: Condition) -> Float[Tensor, "sets rows"]:
         """Find the very same perturbations at the very same doses."""
-        known = Condition(perturbation=self.perturbation, dose=self.dose, covariates=self.covariates)
-        same = condition.same_treatment(known)
+        same = condition.same_treatment(self.measured)
         return _share(self._nearby(same, condition.covariates))
 
     def single(self, condition: Condition) -> Float[Tensor, "sets slots rows"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from knockon.data.screen import Screen
 from knockon.data.values import blocks
-from knockon.model import Model, device_of
+from knockon.model import Model, device_of, name_of
 from knockon.predict import described
 
 CHUNK = 256
@@ -92,7 +92,7 @@ def annotated(
     whole = isinstance(matrix, sp.csr_matrix) and len(rows) == len(screen.cells)
     values = matrix if whole else sp.vstack(list(blocks(matrix, rows)), format="csr")
     adata = anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=pd.Index(screen.genes)))
-    adata.obsm[f"X_{type(model).__module__.rpartition('.')[2]}"] = latents.numpy()
+    adata.obsm[f"X_{name_of(model)}"] = latents.numpy()
     return adata
 
 

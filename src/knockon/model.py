@@ -94,7 +94,7 @@ class Model(nn.Module, ABC):
         UserError
             If it has none.
         """
-        raise UserError(f"{_name(self)} has no embedding of cells", expected="scldm_vae or scldm")
+        raise UserError(f"{name_of(self)} has no embedding of cells", expected="scldm_vae or scldm")
 
     def generate(
         self, condition: Condition, given: Bool[Tensor, "sets classes"], cells: int, noise: Noise
@@ -112,7 +112,7 @@ class Model(nn.Module, ABC):
             If the model needs control cells.
         """
         raise UserError(
-            f"{_name(self)} cannot generate cells without control cells",
+            f"{name_of(self)} cannot generate cells without control cells",
             expected="scldm",
             mend="knockon predict",
         )
@@ -233,7 +233,7 @@ def changed(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig:
     UserError
         If a field is unknown or concerns training, or a value is of the wrong type.
     """
-    name = type(config).__module__.rpartition(".")[2]
+    name = name_of(config)
     refused = [key for key in changes if key not in config.at_generation]
     if refused:
         raise UserError(
@@ -323,7 +323,8 @@ def copy_named(model: Model, source: Model) -> tuple[int, list[str], list[str]]:
     return kept, partly, new
 
 
-def _name(model: Model) -> str:
+def name_of(model: Model | ModelConfig) -> str:
+    """Name a model or its configuration as its file in ``knockon.models`` is called."""
     return type(model).__module__.rpartition(".")[2]
 
 

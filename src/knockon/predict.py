@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knockon.data.screen import Screen
-from knockon.model import Model, device_of
+from knockon.model import Model, device_of, name_of
 from knockon.types import Covariate, Label, Noise, UserError
 
 CHUNK = 256
@@ -91,9 +91,8 @@ def refuse_unknown(model: Model, labels: Sequence[Label]) -> None:
     """Refuse, by name, conditions that a fitted model has no basis to predict."""
     refused = unknown(model, labels)
     if refused:
-        name = type(model).__module__.rpartition(".")[2]
         raise Refusal(
-            f"{name} has no basis to predict some conditions",
+            f"{name_of(model)} has no basis to predict some conditions",
             offenders=refused,
             expected="perturbations that it was trained on, or that have a vector or a gene in the panel",
             mend="leave them out, or choose a model that knows them (knockon compare has --fallback)",

@@ -23,7 +23,7 @@ from knockon.data.splits import Split
 from knockon.data.vectors import read_vectors
 from knockon.embed import table
 from knockon.files import digest
-from knockon.model import Model, ModelConfig, Recipe, Training, model_class
+from knockon.model import Model, ModelConfig, Recipe, Training, model_class, name_of
 from knockon.predict import refuse_unknown
 from knockon.progress import bar
 from knockon.record import LOG, RECORD, SPLIT, Record, save_run, stored, versions, write_spec
@@ -174,11 +174,7 @@ def _recipe(model: str | ModelConfig | Recipe) -> Recipe:
         return model
     if isinstance(model, str):
         return models.recipe(model)
-    return Recipe(model=model, train=models.recipe(_name(model)).train)
-
-
-def _name(config: ModelConfig) -> str:
-    return type(config).__module__.rpartition(".")[2]
+    return Recipe(model=model, train=models.recipe(name_of(model)).train)
 
 
 def _set_up(
@@ -214,7 +210,7 @@ def _set_up(
         )
     network.fit_statistics(prepared.select((*learned, *screen.controls)))
     record = Record(
-        model=_name(recipe.model),
+        model=name_of(recipe.model),
         config=recipe.model,
         train=recipe.train,
         source=screen.source,

@@ -9,8 +9,9 @@ from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.model import Model, Training
+from knockon.nn.counts import log1p_cp10k
 from knockon.predict import draw
-from knockon.types import CP10K, Label, Spec
+from knockon.types import Label, Spec
 
 CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
@@ -45,7 +46,7 @@ def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], traini
         ((drawn, _),) = draw(model, screen, [label], cells=training.validate_cells, seed=training.seed)
         both = drawn, torch.from_numpy(screen.cells_of(label)).to(drawn.device)
         if model.units == "counts":
-            both = tuple((CP10K * x / x.sum(-1, keepdim=True).clamp_min(1)).log1p() for x in both)
+            both = tuple(log1p_cp10k(x) for x in both)
         distances.append(float(energy_distance(both[0], both[1])))
     return float(np.mean(distances))
 

@@ -71,8 +71,7 @@ class Sampler:
         sizes = np.array([len(rows) for rows in self._targets])
         self._shares = sizes / sizes.sum() if by_cells else None
         self._embedded = embedded
-        self._genes = len(screen.genes)
-        self._gather = resident(screen, device)
+        self._gather = resident(screen, device) if embedded is None else _nothing(screen, device)
         self._device = torch.device(device)
         self.notes = _notes(screen, conditions)
 
@@ -88,19 +87,18 @@ class Sampler:
         if self._fills:
             measured = np.array([min(len(self._targets[i]), self.cells) for i in chosen])
             real = _to_device(np.arange(self.cells) < measured[:, None], self._device)
-        condition = self._codes[_to_device(chosen, self._device)]
+        control = np.concatenate([self._draw(self._controls[i], rng) for i in chosen])
         shape = (self.sets, self.cells, -1)
+        embedded = None
         if self._embedded is not None:
             rows = torch.from_numpy(target).to(self._embedded.device)
             embedded = self._embedded[rows].view(shape).to(self._device)
-            empty = embedded.new_zeros(()).expand(self.sets, self.cells, self._genes)
-            return CellSets(target=empty, control=empty, condition=condition, real=real, embedded=embedded)
-        control = np.concatenate([self._draw(self._controls[i], rng) for i in chosen])
         return CellSets(
             target=self._gather(target).view(shape),
             control=self._gather(control).view(shape),
-            condition=condition,
+            condition=self._codes[_to_device(chosen, self._device)],
             real=real,
+            embedded=embedded,
         )
 
     def _draw(self, rows: Int[np.ndarray, "pool"], rng: np.random.Generator) -> Int[np.ndarray, "cells"]:
@@ -148,6 +146,12 @@ def resident(screen: Screen, device: torch.device | str) -> Gather:
         return dense.scatter_(0, spread[:, 1] + indices[source], data[source]).view(len(rows), width)
 
     return gather
+
+
+def _nothing(screen: Screen, device: torch.device | str) -> Gather:
+    """Make a function that gives zeros, which take no memory."""
+    zero = torch.zeros((), device=device)
+    return lambda rows: zero.expand(len(rows), len(screen.genes))
 
 
 def _to_device(values: np.ndarray, device: torch.device) -> Tensor:

@@ -90,6 +90,11 @@ def blocks(matrix: Matrix, rows: Int[np.ndarray, "cells"] | None = None) -> Iter
         yield matrix[start:stop] if rows is None else matrix[rows[start:stop]]
 
 
+def totals(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "cells"]:
+    """Sum of each of some rows."""
+    return np.concatenate([np.asarray(block.sum(axis=1)).ravel() for block in blocks(matrix, rows)])
+
+
 def log1p(counts: sp.csr_matrix, total: float) -> sp.csr_matrix:
     """Natural logarithm of 1 + counts per ``total`` of each cell; cells without counts stay empty."""
     sums = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()

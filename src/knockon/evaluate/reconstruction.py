@@ -27,11 +27,12 @@ from knockon.data import splits, values
 from knockon.data.screen import Screen
 from knockon.dynamics.likelihood import negative_binomial_of_cells
 from knockon.evaluate.metrics import FLAT
-from knockon.model import Model, device_of
+from knockon.model import Model, device_of, name_of
 from knockon.models.scldm import LatentFlow
 from knockon.models.scldm_vae import SetAutoencoder
+from knockon.nn.counts import log1p_cp10k
 from knockon.run import Run
-from knockon.types import CP10K, Noise, UserError
+from knockon.types import Noise, UserError
 
 BLOCK = 256
 """Cells that are reconstructed at once."""
@@ -218,7 +219,7 @@ def _sources(source: Run | Model) -> dict[str, tuple[Reconstruct, torch.device]]
     """Name what is scored, and where each computes."""
     model = source.model if isinstance(source, Run) else source
     autoencoder = model.autoencoder if isinstance(model, LatentFlow) else model
-    name = type(model).__module__.rpartition(".")[2]
+    name = name_of(model)
     if not isinstance(autoencoder, SetAutoencoder):
         raise UserError(f"{name} reconstructs no cells", expected="scldm_vae or scldm")
     device = device_of(model)
@@ -250,8 +251,9 @@ class Tally:
         self.cells += len(cells)
         self.nll += float(found.nll.double().sum())
         self.agreeing += float(((cells > 0) == (found.samples > 0)).double().mean(1).sum())
-        true = _log1p(cells)
-        for kind, made in (("samples", _log1p(found.samples)), ("means", _log1p(found.means))):
+        true = log1p_cp10k(cells.double())
+        for kind, counts in (("samples", found.samples), ("means", found.means)):
+            made = log1p_cp10k(counts.double())
             self.errors[kind] += float((made - true).square().mean(1).sum())
             if kind not in self.around:
                 self.around[kind] = torch.stack([true.mean(0), made.mean(0)])
@@ -302,13 +304,6 @@ def _score(
     return pd.DataFrame(
         [{"model": name, "cells": tally.cells, **tally.scores()} for name, tally in tallies.items()]
     )
-
-
-def _log1p(counts: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells genes"]:
-    """Natural logarithm of 1 + counts per 10,000 of each cell; a cell without counts stays empty."""
-    counts = counts.double()
-    sums = counts.sum(-1, keepdim=True)
-    return (counts * CP10K / torch.where(sums > 0, sums, 1.0)).log1p()
 
 
 def _squares(block: sp.csr_matrix) -> Float[np.ndarray, "genes"]:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from knockon.data.values import blocks
+from knockon.data.values import totals
 from knockon.dynamics import flow, solve
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training, copy_named
 from knockon.models import scldm_vae
@@ -177,11 +176,8 @@ class LatentFlow(Model):
     def fit_statistics(self, train: "Screen") -> None:
         """Learn library sizes, and note which perturbations and contexts training will have seen."""
         self.conditions.fit(self.spec.encode(train.labels))
-
-        def sizes(rows: np.ndarray) -> np.ndarray:
-            return np.concatenate([np.asarray(x.sum(axis=1)).ravel() for x in blocks(train.matrix, rows)])
-
-        self.sizes.fit({label: sizes(rows) for label, rows in train.rows.items()}, self.spec)
+        sizes = {label: totals(train.matrix, rows) for label, rows in train.rows.items()}
+        self.sizes.fit(sizes, self.spec)
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations that were trained, and those with a vector."""

@@ -40,6 +40,14 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return xavier(nn.Linear(inputs, outputs))
 
 
+def zero(layer: nn.Linear) -> nn.Linear:
+    """Let a map begin at zero."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 class FeedForward(nn.Sequential):
     """Two maps with four times the width between them.
 

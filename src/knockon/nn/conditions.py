@@ -1,6 +1,6 @@
 """Encoders of what a model is told: genes with their neighbors, perturbations, doses, covariates."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from knockon.nn.attention import NeighborAttention
 from knockon.nn.blocks import Amount, dropout, linear
-from knockon.types import Condition, Spec
+from knockon.types import Condition, Label, Spec
 
 NOTHING = 0
 """Token that fills the slots of a condition with fewer perturbations than slots."""
@@ -190,6 +190,30 @@ class ConditionEncoder(nn.Module):
             table(level)
             for table, level in zip(self.covariates, condition.covariates.unbind(-1), strict=True)
         )
+
+
+class ConditionTable(nn.Module):
+    """Conditions that were measured, one in each row; what is known of them stands beside, row by row."""
+
+    perturbation: Int[Tensor, "rows slots"]
+    dose: Float[Tensor, "rows slots"]
+    covariates: Int[Tensor, "rows covs"]
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.register_buffer("perturbation", torch.zeros(0, spec.slots, dtype=torch.long))
+        self.register_buffer("dose", torch.zeros(0, spec.slots))
+        self.register_buffer("covariates", torch.zeros(0, len(spec.covariates), dtype=torch.long))
+
+    def remember(self, labels: Iterable[Label], spec: Spec) -> None:
+        """Fill the rows, each with its perturbations in the order of ``Condition.ordered``."""
+        rows = spec.encode(tuple(labels)).to(self.dose.device).ordered(spec.slots)
+        self.perturbation, self.dose, self.covariates = rows.perturbation, rows.dose, rows.covariates
+
+    @property
+    def measured(self) -> Condition:
+        """The rows."""
+        return Condition(perturbation=self.perturbation, dose=self.dose, covariates=self.covariates)
 
 
 class Branches(nn.Module):

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from knockon.types import Noise
+from knockon.types import CP10K, Noise
 
 Blocks = Iterable[Float[np.ndarray, "_ genes"]]
 """Cells, a block of any number of them at a time, log1p."""
@@ -22,6 +22,12 @@ ABOVE = 16
 
 LARGEST = 30.0
 """Values from here on, which no cell has, are not turned into counts, which might be infinite."""
+
+
+def log1p_cp10k(counts: Float[Tensor, "*cells genes"]) -> Float[Tensor, "*cells genes"]:
+    """Natural logarithm of 1 + counts per 10,000 of each cell; a cell without counts stays empty."""
+    sums = counts.sum(-1, keepdim=True)
+    return (counts * CP10K / torch.where(sums > 0, sums, 1.0)).log1p()
 
 
 def single_counts(

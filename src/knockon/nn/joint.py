@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from knockon.nn.attention import split_heads
-from knockon.nn.blocks import FeedForward, Joined, TimeEncoder, linear, modulate
+from knockon.nn.blocks import FeedForward, Joined, TimeEncoder, linear, modulate, zero
 
 Streams = tuple[Float[Tensor, "sets cells dim"], Float[Tensor, "sets cells dim"]]
 """States of the cells and of the control cells beside them."""
@@ -94,7 +94,7 @@ class Stream(nn.Module):
     def __init__(self, dim: int, *, maps_see_attention: bool, read_only: bool = False) -> None:
         super().__init__()
         self.maps_see_attention = maps_see_attention
-        self.modulation = _zero(linear(dim, (2 if read_only else 6) * dim))
+        self.modulation = zero(linear(dim, (2 if read_only else 6) * dim))
         self.maps = None if read_only else FeedForward(dim)
 
     def enter(self, state: Tensor, condition: Modulation) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -154,7 +154,7 @@ class JointTransformer(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         blocks = range(config.layers)
         self.blocks = nn.ModuleList(JointBlock(config, last=i == blocks[-1]) for i in blocks)
-        self.modulation = _zero(linear(dim, 2 * dim))
+        self.modulation = zero(linear(dim, 2 * dim))
         self.head = linear(dim, genes)
 
     def entries(self, genes: Sequence[str]) -> dict[str, tuple[Sequence[str] | None, ...]]:
@@ -202,11 +202,6 @@ class JointTransformer(nn.Module):
             streams = block(streams, condition, real)
         shift, scale = self.modulation(condition).to(streams[0].dtype).chunk(2, dim=-1)
         return self.head(modulate(streams[0], shift, scale))
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    return layer
 
 
 class Parts(NamedTuple):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from knockon.nn.blocks import TimeEncoder, linear, modulate
+from knockon.nn.blocks import TimeEncoder, linear, modulate, zero
 from knockon.nn.sets import EPSILON, GatedMaps, SelfAttention
 
 
@@ -30,7 +30,7 @@ class LatentBlock(nn.Module):
         super().__init__()
         self.attention = SelfAttention(config.width, config.heads, bias=True)
         self.maps = GatedMaps(config.width)
-        self.modulation = _zero(nn.Linear(config.width, 6 * config.width))
+        self.modulation = zero(nn.Linear(config.width, 6 * config.width))
 
     def forward(
         self, x: Float[Tensor, "cells latents dim"], told: Float[Tensor, "sets #set_cells dim"]
@@ -64,8 +64,8 @@ class LatentTransformer(nn.Module):
             assert isinstance(layer, nn.Linear)
             nn.init.normal_(layer.weight, std=0.02)
         self.blocks = nn.ModuleList(LatentBlock(config) for _ in range(config.layers))
-        self.modulation = _zero(nn.Linear(dim, 2 * dim))
-        self.out = _zero(nn.Linear(dim, latent_width))
+        self.modulation = zero(nn.Linear(dim, 2 * dim))
+        self.out = zero(nn.Linear(dim, latent_width))
 
     def forward(
         self, z: Float[Tensor, "sets cells latents latent"], told: Float[Tensor, "sets #cells dim"]
@@ -96,9 +96,3 @@ def _places(latents: int, dim: int) -> Float[Tensor, "latents dim"]:
     frequencies = 10_000 ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(latents, dtype=torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

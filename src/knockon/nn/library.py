@@ -4,36 +4,30 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
+from knockon.nn.conditions import ConditionTable
 from knockon.types import Condition, Label, Noise, Spec
 
 
-class LibrarySizes(nn.Module):
+class LibrarySizes(ConditionTable):
     """Log-normal library sizes of each training condition, and of what is asked for by what is nearest.
 
     That is the very condition; else the same perturbations in any context; else the context, whatever was
     done; else all training cells. There is always an answer.
     """
 
-    perturbation: Int[Tensor, "rows slots"]
-    dose: Float[Tensor, "rows slots"]
-    covariates: Int[Tensor, "rows covs"]
     moments: Float[Tensor, "rows 3"]
     """Cells of each condition, and the sums of the logarithm of their sizes and of its square."""
 
     def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self.register_buffer("perturbation", torch.zeros(0, spec.slots, dtype=torch.long))
-        self.register_buffer("dose", torch.zeros(0, spec.slots))
-        self.register_buffer("covariates", torch.zeros(0, len(spec.covariates), dtype=torch.long))
+        super().__init__(spec)
         self.register_buffer("moments", torch.zeros(0, 3, dtype=torch.float64))
 
     def fit(self, sizes: Mapping[Label, Float[np.ndarray, "_"]], spec: Spec) -> None:
         """Learn from the sizes of training cells; empty cells do not count."""
-        rows = spec.encode(tuple(sizes)).to(self.moments.device)
-        self.perturbation, self.dose, self.covariates = rows.perturbation, rows.dose, rows.covariates
+        self.remember(sizes, spec)
         logs = [np.log(found[found > 0].astype(np.float64)) for found in sizes.values()]
         moments = [[len(x), x.sum(), np.square(x).sum()] for x in logs]
         self.moments = torch.tensor(moments, dtype=torch.float64, device=self.moments.device)
@@ -45,8 +39,7 @@ class LibrarySizes(nn.Module):
 
         The deviation is that of the cells themselves (divided by their number, not by one less).
         """
-        known = Condition(perturbation=self.perturbation, dose=self.dose, covariates=self.covariates)
-        done = condition.same_treatment(known)
+        done = condition.same_treatment(self.measured)
         here = (condition.covariates[:, None] == self.covariates) | ~given[:, None, 1:]
         done, here = done | ~given[:, :1], here.all(-1)
         count, mean, square = self._pooled(torch.ones_like(done))

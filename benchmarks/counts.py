@@ -27,7 +27,8 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.embed import embed
 from knockon.evaluate import reconstruction, scores, suites
-from knockon.evaluate.pairs import Pairs, Truth
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.truth import Truth
 from knockon.model import Recipe
 from knockon.models import scldm, scldm_vae
 from knockon.run import Run

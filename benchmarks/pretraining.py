@@ -23,7 +23,8 @@ from knockon.data import simulate, splits
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
 from knockon.evaluate import suites
-from knockon.evaluate.pairs import Pairs, Truth
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.truth import Truth
 from knockon.model import Recipe
 from knockon.models import perturbdiff
 

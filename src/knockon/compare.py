@@ -13,8 +13,9 @@ from knockon import models
 from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
-from knockon.evaluate.pairs import Pairs, Truth
+from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.tables import write
+from knockon.evaluate.truth import Truth
 from knockon.files import digest, written_aside
 from knockon.model import Recipe
 from knockon.models.additive import Config as AdditiveConfig

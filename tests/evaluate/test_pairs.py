@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from knockon.evaluate.pairs import Pairs, Truth
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.truth import Truth
 from knockon.types import Label, UserError
 
 

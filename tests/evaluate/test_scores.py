@@ -5,8 +5,8 @@ import pytest
 
 from knockon.evaluate import generation, scores
 from knockon.evaluate.metrics import METRICS
-from knockon.evaluate.pairs import Truth
 from knockon.evaluate.scores import BASELINES, SUMMARY, ceiling, evaluate, summarize
+from knockon.evaluate.truth import Truth
 
 
 def long(rows: dict[str, dict[str, list[float]]]) -> pd.DataFrame:

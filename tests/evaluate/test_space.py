@@ -7,8 +7,8 @@ import scipy.sparse as sp
 from scipy.spatial.distance import pdist
 
 from knockon.evaluate import space
-from knockon.evaluate.pairs import Truth
 from knockon.evaluate.space import Space
+from knockon.evaluate.truth import Truth
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import scipy.sparse as sp
 
 from knockon.evaluate import generation, suites
 from knockon.evaluate.metrics import METRICS
-from knockon.evaluate.pairs import Pairs, Truth
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.populations import moments
 from knockon.evaluate.suites import SUITES, score
+from knockon.evaluate.truth import Truth
 from knockon.types import UserError
 
 
@@ -26,7 +28,7 @@ def test_scores_are_long_and_complete(screen, split, prediction):
 
 def test_moments_are_those_of_dense_cells(screen, split, prediction):
     pairs = Pairs.of(prediction, screen, split)
-    found = suites._moments(pairs.cells, len(screen.genes))
+    found = moments(pairs.cells)
     dense = [cells.toarray() for cells in pairs.cells]
     np.testing.assert_allclose(found.mean, [x.mean(0) for x in dense], atol=1e-12)
     np.testing.assert_allclose(found.variance, [x.var(0, ddof=1) for x in dense], atol=1e-12)
@@ -157,12 +159,12 @@ def test_a_replicate_beats_every_adversary_in_generation(make, screen, split):
 def test_cells_are_as_many_as_a_half_has(make, screen, split, prediction, caplog):
     truth = Truth.of(screen, split)
     assert truth.half.tolist() == [15, 15, 15]
-    found = suites._generation(Pairs.align(prediction, truth), 256)
+    found = generation.gather(Pairs.align(prediction, truth), 256)
     assert {len(x) for x in (*found.predicted_points, *found.real_points)} == {15}
-    assert {len(x) for x in suites._generation(Pairs.align(prediction, truth), 9).real_points} == {9}
+    assert {len(x) for x in generation.gather(Pairs.align(prediction, truth), 9).real_points} == {9}
     assert not caplog.text
     few = make.cells(["A+B", "B+C", "C+D"], cells=14, seed=1)
-    suites._generation(Pairs.align(few, truth), 256)
+    generation.gather(Pairs.align(few, truth), 256)
     assert "3 of 3 conditions have fewer predicted cells than the anchors" in caplog.text
     assert "predict 15 cells" in caplog.text
 

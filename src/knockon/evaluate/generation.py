@@ -3,8 +3,24 @@
 ``x`` are predicted and ``y`` real cells as points of one space (``space.Space``), equally many of both. All
 distances are Euclidean and all depend on the number of cells, so that a value can only be read beside those
 of other predictions with as many, such as the anchors.
+
+Conventions. Units: natural log1p of counts per 10,000, into which counts and log1p values of a known total
+are brought; log1p values of an unknown one stay as they are. Space: the first 30 principal components
+(centered, not scaled; as many as genes, or one less than cells, where those are fewer) of the real
+*training* cells: training and validation conditions and all controls, at most 20,000 cells; both sides are
+projected. ``w2``, ``frechet``, ``mmd2``, ``nn_accuracy_error``, ``precision`` and ``recall`` are of points
+in this space, Euclidean, equally many on both sides and drawn without replacement: half of the condition's
+real cells, at most 256. Half, because all of these depend on the number of cells, by no law that holds for
+few cells in many dimensions: so predictions are compared by as many cells as the ceiling has, and nothing
+is extrapolated. ``w2``: root of the exact cost, squared ground distance. ``frechet``: squared, unbiased
+covariances. ``mmd2``: U-statistic, *sum* of Gaussian kernels with standard deviations 1, 2, 4, 8 and 16.
+``nn_accuracy_error``: one neighbor, leave-one-out, |accuracy - .5| of predicted and of real cells,
+averaged. ``precision``, ``recall``: balls up to the third neighbor. ``mean_r2``, ``variance_r2``,
+``zero_fraction_r2``: 1 - SS_residual / SS_total over all genes, real values as reference, all cells of both
+sides, unbiased variances, exact zeros.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +30,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from knockon.evaluate.metrics import FLAT, Means, Metric, Values
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.populations import draw, moments, num_cells
+
+log = logging.getLogger("knockon")
 
 Points = Float[np.ndarray, "cells dims"]
 Others = Float[np.ndarray, "others dims"]
@@ -211,6 +231,33 @@ def _each(
 
     scored.__doc__ = between.__doc__
     return scored
+
+
+def gather(pairs: Pairs, cells: int) -> Evidence:
+    """Gather what the metrics of generation look at."""
+    truth, space = pairs.truth, pairs.truth.space
+    most = np.minimum(truth.half, cells).tolist()
+    few = sum(num_cells(x) < count for x, count in zip(pairs.cells, most, strict=True))
+    if few:
+        log.warning(
+            "%d of %d conditions have fewer predicted cells than the anchors, on which distances between "
+            "populations depend: predict %d cells of each",
+            *(few, len(most), max(most)),
+        )
+    sides = zip(truth.labels, pairs.cells, truth.cells, most, strict=True)
+    drawn = [draw(label, x, y, count) for label, x, y, count in sides]
+    predicted = moments([space.scaled(x) for x in pairs.cells])
+    real = moments([space.scaled(y) for y in truth.cells])
+    return Evidence(
+        predicted_points=[space.project(x) for x, _ in drawn],
+        real_points=[space.project(y) for _, y in drawn],
+        predicted=predicted.mean,
+        real=real.mean,
+        predicted_variance=np.nan_to_num(predicted.variance),
+        real_variance=real.variance,
+        predicted_zeros=predicted.zeros,
+        real_zeros=real.zeros,
+    )
 
 
 METRICS = (

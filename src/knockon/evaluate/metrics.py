@@ -1,4 +1,4 @@
-"""How far predicted cells are from real ones: pure functions, and the one tuple ``METRICS``.
+"""How far predicted cells are from real ones: a metric, and those of the suite ``core``.
 
 Every metric takes arrays with one row per condition and returns one value per condition. Its parameters
 are fields of ``Evidence``, by name: that is how a suite knows what a metric needs, and why a new metric
@@ -7,17 +7,32 @@ is one function and one line of ``METRICS``.
 A prediction for which a correlation is undefined (a constant change) scores 0, as one that says nothing:
 there is no NaN to hide behind [cell-eval2]. NaN is left for what the *real* cells cannot tell, such as a
 variance where one cell was measured.
+
+Conventions. Space: natural log1p of normalized counts, all genes of the screen; a screen and a prediction
+in counts are first normalized to the median total of training cells. Pseudobulk: arithmetic mean over cells
+after log1p. Reference of ``pearson_delta``: mean of the *real* control cells of the same context, on both
+sides. Reference of ``centroid_delta``: unweighted mean of the training perturbations' means in the same
+context. ``top20``: genes with the largest absolute real change against control, ties in the order of genes.
+``discrimination``: L1, signed effects, all genes (the targets too), candidates are all perturbed conditions
+of the same context in training or not, mid ranks, 1 - k / (N - 1). ``energy_distance``: Euclidean, not
+squared, U-statistic, at most 256 cells drawn without replacement on each side, equally many.
+``variance_corr``: unbiased variances, Pearson over genes that vary on either side. ``zero_fraction_error``:
+exact zeros. A value that the real cells cannot give (one cell, no rival) is left out of the table; a
+prediction cannot leave one out.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
+from inspect import getdoc, signature
 from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 from scipy.spatial.distance import cdist
+
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.populations import draw
 
 Means = Float[np.ndarray, "conditions genes"]
 Values = Float[np.ndarray, "conditions"]
@@ -245,6 +260,8 @@ def zero_fraction_error(predicted_zeros: Means, real_zeros: Means) -> Values:
 class Metric:
     """A metric and how to read it.
 
+    Its function returns one value per condition, or a single one (of no dimension) for all of them.
+
     Parameters
     ----------
     name
@@ -261,22 +278,54 @@ class Metric:
         (``root``), as an unreliability (``reliability``), as a variance in ratio to a spread that has
         half of it (``determination``), or alike in both (``none``): because it is not in the mean, or
         because the suite compares no more cells than a half has.
+    how
+        The conventions without which the number means little, in a few words, to be printed beside it.
     """
 
     name: str
-    function: Callable[..., Values]
+    function: Callable[..., Float[np.ndarray, "*conditions"]]
     direction: Literal["higher", "lower"]
     best: float
     noise: Literal["square", "root", "reliability", "determination", "none"]
+    how: str = ""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a sentence."""
+        return (getdoc(self.function) or "").splitlines()[0].replace("``", "")
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The fields of its suite's evidence that it looks at."""
         return tuple(signature(self.function).parameters)
 
-    def __call__(self, evidence: object) -> Values:
-        """Score every condition."""
+    def __call__(self, evidence: object) -> Float[np.ndarray, "*conditions"]:
+        """Score every condition, or all at once."""
         return self.function(*(getattr(evidence, name) for name in self.needs))
+
+
+def gather(pairs: Pairs, cells: int) -> Evidence:
+    """Gather what the core metrics look at."""
+    truth = pairs.truth
+    predicted, real = pairs.moments, truth.moments
+    drawn = [
+        draw(label, x, y, cells) for label, x, y in zip(truth.labels, pairs.cells, truth.cells, strict=True)
+    ]
+    return Evidence(
+        predicted=predicted.mean,
+        real=real.mean,
+        control=truth.control,
+        centroid=truth.centroid,
+        candidates=truth.candidates,
+        own=truth.own,
+        rivals=truth.rivals,
+        predicted_variance=predicted.variance,
+        real_variance=real.variance,
+        predicted_zeros=predicted.zeros,
+        real_zeros=real.zeros,
+        predicted_cells=[x for x, _ in drawn],
+        real_cells=[y for _, y in drawn],
+    )
 
 
 METRICS = (
@@ -288,7 +337,10 @@ METRICS = (
     Metric("centroid_delta", centroid_delta, "higher", 1.0, "reliability"),
     Metric("centroid_delta_top20", centroid_delta_top20, "higher", 1.0, "reliability"),
     Metric("discrimination", discrimination, "higher", 1.0, "none"),
-    Metric("energy_distance", energy_distance, "lower", 0.0, "none"),
+    Metric(
+        *("energy_distance", energy_distance, "lower", 0.0, "none"),
+        how="U-statistic, Euclidean, all genes, at most 256 cells a side",
+    ),
     Metric("variance_corr", variance_corr, "higher", 1.0, "reliability"),
     Metric("zero_fraction_error", zero_fraction_error, "lower", 0.0, "root"),
 )

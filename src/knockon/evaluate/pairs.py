@@ -1,8 +1,8 @@
 """Prediction and truth, aligned condition by condition and checked once, before anything is scored."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import anndata
@@ -10,105 +10,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
-from knockon.data import conventions, prepare, values
+from knockon.data import conventions, values
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.evaluate.space import Space
-from knockon.types import CP10K, Label, Units, UserError
-
-Context = tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Truth:
-    """The real cells of the scored conditions and all that scores refer to, in log1p.
-
-    Parameters
-    ----------
-    screen
-        Where all of it is from, in log1p. A screen in counts is normalized to the median total of its
-        training cells first.
-    units
-        What the screen was in.
-    labels
-        The scored conditions: the rows of everything here.
-    cells
-        Real cells of each.
-    half
-        Half of the number of real cells of each, which is what a replicate has on either side; kept where
-        ``cells`` are halved.
-    space
-        For comparing whole cells.
-    control, centroid, candidates, own, rivals
-        See ``metrics.Evidence``. In a context without training perturbations, the centroid is its
-        control moved by the average change of the training perturbations in their own contexts.
-        Validation conditions count as training: only test conditions are held out here.
-    notes
-        What was done to make the sides comparable, to be printed.
-    """
-
-    screen: Screen
-    units: Units
-    labels: tuple[Label, ...]
-    cells: tuple[sp.csr_matrix, ...]
-    half: Int[np.ndarray, "conditions"]
-    space: Space
-    control: Float[np.ndarray, "conditions genes"]
-    centroid: Float[np.ndarray, "conditions genes"]
-    candidates: Float[np.ndarray, "candidates genes"]
-    own: Int[np.ndarray, "conditions"]
-    rivals: Bool[np.ndarray, "conditions candidates"]
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, screen: Screen, split: Split) -> "Truth":
-        """Gather the test part of a screen.
-
-        Raises
-        ------
-        UserError
-            If the split tests nothing, trains nothing, or names what the screen has not.
-        """
-        test = _part(screen, split.test, "test")
-        train = _part(screen, (*split.train, *split.validation), "training")
-        units, screen = screen.units, _in_log1p(screen, train)
-        means = {label: mean(_cells(screen, screen.rows[label])) for label in screen.conditions}
-        controls = {context: mean(_cells(screen, rows)) for context, rows in _controls(screen).items()}
-        centroids = _centroids({label: means[label] for label in train}, controls)
-        own = np.array([screen.conditions.index(label) for label in test])
-        rivals = np.array([[q.covariates == label.covariates for q in screen.conditions] for label in test])
-        rivals[np.arange(len(test)), own] = False
-        return cls(
-            screen=screen,
-            units=units,
-            labels=test,
-            cells=tuple(_cells(screen, screen.rows[label]) for label in test),
-            half=np.array([len(screen.rows[label]) // 2 for label in test]),
-            space=Space(train=screen.select((*train, *screen.controls))),
-            control=np.stack([controls[label.covariates] for label in test]),
-            centroid=np.stack([centroids[label.covariates] for label in test]),
-            candidates=np.stack([means[label] for label in screen.conditions]),
-            own=own,
-            rivals=rivals,
-            notes=_notes(screen, units, test, train),
-        )
-
-    def select(self, labels: Iterable[Label]) -> "Truth":
-        """Score only these conditions; candidates stay."""
-        wanted = set(labels)
-        kept = np.array([label in wanted for label in self.labels])
-        return replace(
-            self,
-            labels=tuple(label for label in self.labels if label in wanted),
-            cells=tuple(cells for cells, keep in zip(self.cells, kept, strict=True) if keep),
-            half=self.half[kept],
-            control=self.control[kept],
-            centroid=self.centroid[kept],
-            own=self.own[kept],
-            rivals=self.rivals[kept],
-        )
+from knockon.evaluate.populations import Moments, exact, moments
+from knockon.evaluate.truth import Truth
+from knockon.types import Label, Units, UserError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +30,8 @@ class Pairs:
         What they are scored against.
     cells
         Predicted cells of each of its conditions.
+    counts
+        The same cells in counts, of a prediction in counts.
     model
         What made them, where they tell.
     notes
@@ -129,8 +40,15 @@ class Pairs:
 
     truth: Truth
     cells: tuple[sp.csr_matrix, ...]
+    counts: tuple[sp.csr_matrix, ...] | None = None
     model: str = "prediction"
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of the predicted cells; variances of one cell are 0, as those of that cell repeated."""
+        found = moments(self.cells)
+        return replace(found, variance=np.nan_to_num(found.variance))
 
     @classmethod
     def of(
@@ -168,103 +86,16 @@ class Pairs:
         columns, reordered = _columns(adata, truth.screen)
         rows, ignored = _rows(pd.DataFrame(adata.obs), truth)
         truth = truth.select(rows)
-        matrix, rescaled = _matrix(adata, truth, units)
-        cells = tuple(_exact(matrix[rows[label]][:, columns]) for label in truth.labels)
-        model = str(adata.uns.get("knockon", {}).get("model", "prediction"))
+        matrix, is_counts, rescaled = _matrix(adata, truth, units)
+        taken = [(rows[label], columns) for label in truth.labels]
+        counts = sp.csr_matrix(adata.X) if is_counts else None
         return cls(
-            truth=truth, cells=cells, model=model, notes=(*truth.notes, *reordered, *ignored, *rescaled)
+            truth=truth,
+            cells=tuple(exact(matrix[some][:, genes]) for some, genes in taken),
+            counts=None if counts is None else tuple(exact(counts[some][:, genes]) for some, genes in taken),
+            model=str(adata.uns.get("knockon", {}).get("model", "prediction")),
+            notes=(*truth.notes, *reordered, *ignored, *rescaled),
         )
-
-
-def mean(cells: sp.csr_matrix) -> Float[np.ndarray, "genes"]:
-    """Mean over cells."""
-    return np.asarray(cells.mean(axis=0)).ravel()
-
-
-def num_cells(cells: sp.csr_matrix) -> int:
-    """Rows of a matrix."""
-    return len(cells.indptr) - 1
-
-
-# ---- the screen's side ---------------------------------------------------------------------------
-
-
-def _part(screen: Screen, labels: Iterable[Label], name: str) -> tuple[Label, ...]:
-    """Perturbed conditions of a part of a split, in the screen's order."""
-    wanted = {label for label in labels if not label.is_control}
-    missing = sorted(wanted - set(screen.conditions))
-    if missing:
-        raise UserError(
-            f"The {name} part of the split names conditions that the screen has not",
-            offenders=missing,
-            expected="a split of this screen",
-            mend="make it again with knockon split",
-        )
-    if not wanted:
-        raise UserError(f"The {name} part of the split is empty", mend="choose another --split")
-    return tuple(label for label in screen.conditions if label in wanted)
-
-
-def _in_log1p(screen: Screen, train: Iterable[Label]) -> Screen:
-    if screen.units == "log1p":
-        return screen
-    return prepare.apply(screen, prepare.fit(screen.select((*train, *screen.controls)), units="log1p"))
-
-
-def _cells(screen: Screen, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
-    return _exact(sp.csr_matrix(screen.matrix[rows]))
-
-
-def _exact(cells: sp.csr_matrix) -> sp.csr_matrix:
-    """Cells in float64, without stored zeros."""
-    cells = sp.csr_matrix(cells, dtype=np.float64)
-    cells.eliminate_zeros()
-    return cells
-
-
-def _controls(screen: Screen) -> dict[Context, Int[np.ndarray, "cells"]]:
-    """Control cells of each context."""
-    return {label.covariates: screen.control_rows(label) for label in screen.conditions}
-
-
-def _centroids(
-    means: Mapping[Label, Float[np.ndarray, "genes"]],
-    controls: Mapping[Context, Float[np.ndarray, "genes"]],
-) -> dict[Context, Float[np.ndarray, "genes"]]:
-    """Mean of the training perturbations in each context."""
-    groups = defaultdict(list)
-    for label, value in means.items():
-        groups[label.covariates].append(value)
-    change = np.mean([value - controls[label.covariates] for label, value in means.items()], axis=0)
-    return {
-        context: np.mean(groups[context], axis=0) if context in groups else control + change
-        for context, control in controls.items()
-    }
-
-
-def _notes(
-    screen: Screen, units: Units, test: tuple[Label, ...], train: tuple[Label, ...]
-) -> tuple[str, ...]:
-    notes = []
-    if units == "counts":
-        per = f"{screen.total:g} (suite generation: {CP10K:,g})"
-        notes.append(f"counts are compared as log1p of counts per {per}, on both sides")
-    alone = [str(label) for label in test if len(screen.rows[label]) == 1]
-    if alone:
-        notes.append(f"one real cell, so no variance and no distance between populations: {', '.join(alone)}")
-    uncontrolled = sorted({str(label.control()) for label in test if label.control() not in screen.rows})
-    if uncontrolled:
-        notes.append(f"all controls serve where a context has none: {', '.join(uncontrolled)}")
-    trained = {label.covariates for label in train}
-    new = sorted({" | ".join(label.covariates) for label in test if label.covariates not in trained})
-    if new:
-        notes.append(
-            f"the centroid of a new context is its control moved by the mean effect: {', '.join(new)}"
-        )
-    return tuple(notes)
-
-
-# ---- the prediction's side -----------------------------------------------------------------------
 
 
 def read_prediction(path: Path) -> AnnData:
@@ -362,8 +193,8 @@ def _labels(obs: pd.DataFrame, screen: Screen) -> dict[Label, Int[np.ndarray, "c
     return {label: np.sort(np.concatenate(members)) for label, members in rows.items()}
 
 
-def _matrix(adata: AnnData, truth: Truth, declared: Units | None) -> tuple[sp.csr_matrix, list[str]]:
-    """Values of a prediction, checked and in log1p of the truth's total."""
+def _matrix(adata: AnnData, truth: Truth, declared: Units | None) -> tuple[sp.csr_matrix, bool, list[str]]:
+    """Values of a prediction, checked and in log1p of the truth's total; and whether they were counts."""
     if adata.X is None:
         raise UserError("The prediction has no X", expected=f"values in {truth.units}")
     about = adata.uns.get("knockon", {})
@@ -376,7 +207,7 @@ def _matrix(adata: AnnData, truth: Truth, declared: Units | None) -> tuple[sp.cs
         matrix.data = np.log1p(
             matrix.data * np.repeat(share * ours / np.maximum(totals, 1.0), np.diff(matrix.indptr))
         )
-        return matrix, []
+        return matrix, True, []
     if units == "counts" or (truth.units == "counts" and theirs <= 0):
         raise UserError(
             f"The prediction is in {units} and the screen in {truth.units}",
@@ -384,6 +215,6 @@ def _matrix(adata: AnnData, truth: Truth, declared: Units | None) -> tuple[sp.cs
             mend="read the screen with the --layer that has the prediction's scale",
         )
     if ours is None or theirs <= 0 or np.isclose(ours, theirs, rtol=1e-6):
-        return matrix, []
+        return matrix, False, []
     matrix.data = np.log1p(np.expm1(matrix.data.astype(np.float64)) * (ours / theirs))
-    return matrix, [f"the prediction is log1p of counts per {theirs:g} and was brought to {ours:g}"]
+    return matrix, False, [f"the prediction is log1p of counts per {theirs:g} and was brought to {ours:g}"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable
 from importlib import resources
-from inspect import getdoc
 from pathlib import Path
 from types import ModuleType
 
@@ -125,11 +124,7 @@ def _by_condition(scores: pd.DataFrame) -> list[tuple[str, list[str], list[tuple
 def _explained(summary: pd.DataFrame) -> list[tuple[Metric, str, dict[Hashable, object]]]:
     """Each metric with the first line of its documentation, and its anchors."""
     anchors = summary.drop_duplicates("metric").set_index("metric").to_dict("index")
-    return [
-        (metric, (getdoc(metric.function) or "").splitlines()[0].replace("``", ""), anchors[metric.name])
-        for metric in METRICS
-        if metric.name in anchors
-    ]
+    return [(metric, metric.about, anchors[metric.name]) for metric in METRICS if metric.name in anchors]
 
 
 def _number(value: float) -> str:

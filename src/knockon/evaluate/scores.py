@@ -16,8 +16,10 @@ from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.evaluate.metrics import Metric
-from knockon.evaluate.pairs import Pairs, Truth, mean, num_cells, read_prediction
-from knockon.evaluate.suites import METRICS, Suite, score
+from knockon.evaluate.pairs import Pairs, read_prediction
+from knockon.evaluate.populations import mean, num_cells
+from knockon.evaluate.suites import METRICS, Asked, score
+from knockon.evaluate.truth import Truth
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import generate
 
@@ -39,7 +41,7 @@ def evaluate(
     screen: Screen,
     split: Split,
     *,
-    suite: Suite | str = "core",
+    suite: Asked = "core",
     seed: int = 0,
 ) -> pd.DataFrame:
     """Score predicted cells, and beside them the anchors by which to read their scores.
@@ -80,7 +82,7 @@ def _as_prepared(screen: Screen, prediction: AnnData) -> Screen:
 
 
 def anchors(
-    truth: Truth, split: Split, suite: Suite | str = "core", *, cells: int = 256, seed: int = 0
+    truth: Truth, split: Split, suite: Asked = "core", *, cells: int = 256, seed: int = 0
 ) -> pd.DataFrame:
     """Score the simple baselines, fitted on everything but test conditions, and the ceiling.
 
@@ -103,7 +105,7 @@ def anchors(
     return _ordered(*tables, ceiling(truth, suite, seed=seed).assign(model=CEILING))
 
 
-def ceiling(truth: Truth, suite: Suite | str = "core", *, seed: int = 0) -> pd.DataFrame:
+def ceiling(truth: Truth, suite: Asked = "core", *, seed: int = 0) -> pd.DataFrame:
     """Score a replicate: what a second experiment of the same size would reach as a prediction.
 
     The real cells of each condition are halved at random; one half predicts the other, which also takes
@@ -140,7 +142,14 @@ def _halved(truth: Truth, rng: np.random.Generator) -> Pairs:
     candidates = truth.candidates.copy()
     candidates[truth.own] = [mean(cells) for cells in real]
     predicted = tuple(cells[order[:cut]] for cells, order, cut in parts)
-    return Pairs(truth=replace(truth, cells=real, candidates=candidates), cells=predicted)
+    truth = replace(truth, cells=real, candidates=candidates)
+    if truth.counts is None:
+        return Pairs(truth=truth, cells=predicted)
+    counts = list(zip(truth.counts, orders, cuts, strict=True))
+    truth = replace(truth, counts=tuple(cells[order[cut:]] for cells, order, cut in counts))
+    return Pairs(
+        truth=truth, cells=predicted, counts=tuple(cells[order[:cut]] for cells, order, cut in counts)
+    )
 
 
 def _whole(value: float, name: str) -> float:

@@ -14,6 +14,7 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.summary import CEILING
 from knockon.evaluate.tables import write
 from knockon.evaluate.truth import Truth
 from knockon.files import digest, written_aside
@@ -94,7 +95,7 @@ def compare(
         found.append(suites.score(Pairs.align(predicted, truth), comparison.suite).assign(model=name))
     if truth is None or not found:
         raise UserError("No model could predict the test conditions", mend="choose other --models")
-    top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=scores.CEILING)
+    top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=CEILING)
     return write(pd.concat([*found, top], ignore_index=True), folder)
 
 

@@ -5,21 +5,9 @@ import pytest
 
 from knockon.evaluate import generation, scores
 from knockon.evaluate.metrics import METRICS
-from knockon.evaluate.scores import BASELINES, SUMMARY, ceiling, evaluate, summarize
+from knockon.evaluate.scores import BASELINES, ceiling, evaluate
+from knockon.evaluate.summary import summarize
 from knockon.evaluate.truth import Truth
-
-
-def long(rows: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
-    """Scores from model to metric to the values of conditions 0, 1, ..."""
-    return pd.DataFrame(
-        [
-            (model, str(i), metric, value)
-            for model, metrics in rows.items()
-            for metric, values in metrics.items()
-            for i, value in enumerate(values)
-        ],
-        columns=["model", "condition", "metric", "value"],
-    )
 
 
 def line(table: pd.DataFrame, model: str, metric: str) -> pd.Series:
@@ -130,71 +118,6 @@ def test_halves_are_disjoint_and_complete(screen, split):
         assert sorted(map(tuple, both)) == sorted(map(tuple, whole.toarray()))
     np.testing.assert_allclose(pairs.truth.candidates[truth.own[0]], pairs.truth.cells[0].mean(axis=0).A1)
     assert (truth.candidates != pairs.truth.candidates).any(axis=1).sum() == 3
-
-
-# ---- summaries -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def table():
-    return summarize(
-        long(
-            {
-                "no_effect": {"mse": [4.0, 6.0], "pearson_delta": [0.1, 0.3]},
-                "additive": {"mse": [2.0, 4.0], "pearson_delta": [0.5, 0.7]},
-                "mine": {"mse": [1.0, 3.0], "pearson_delta": [0.6, 0.8]},
-                "ceiling": {"mse": [1.0, 1.0], "pearson_delta": [0.9, 0.9]},
-            }
-        )
-    )
-
-
-def test_a_summary_has_one_line_for_each_model_and_metric(table):
-    assert tuple(table.columns) == SUMMARY
-    assert list(table["model"].unique()) == ["no_effect", "additive", "mine", "ceiling"]
-    found = line(table, "mine", "mse")
-    assert (found["mean"], found["floor"], found["ceiling"]) == (2.0, 5.0, 1.0)
-
-
-def test_calibrated_is_zero_for_the_best_baseline_and_one_for_the_ceiling(table):
-    for metric in ("mse", "pearson_delta"):
-        assert line(table, "additive", metric)["calibrated"] == pytest.approx(0)
-        assert line(table, "ceiling", metric)["calibrated"] == pytest.approx(1)
-        assert line(table, "no_effect", metric)["calibrated"] < 0
-    assert line(table, "mine", "mse")["calibrated"] == pytest.approx(0.5)
-    assert line(table, "mine", "pearson_delta")["calibrated"] == pytest.approx(1 / 3)
-
-
-def test_calibrated_is_empty_where_a_metric_has_no_room():
-    rows = {"no_effect": [5.0], "additive": [1.0], "mine": [0.5], "ceiling": [1.0]}
-    for top in (1.0, 2.0):
-        table = summarize(long({m: {"mse": v} for m, v in (rows | {"ceiling": [top]}).items()}))
-        assert table["calibrated"].isna().all()
-
-
-def test_a_baseline_without_all_conditions_is_not_where_calibrated_begins():
-    rows = {"no_effect": [5.0, 5.0], "additive": [1.0], "mine": [3.0, 3.0], "ceiling": [1.0, 1.0]}
-    table = summarize(long({model: {"mse": values} for model, values in rows.items()}))
-    assert line(table, "mine", "mse")["calibrated"] == pytest.approx(0.5)
-
-
-def test_absent_anchors_give_empty_values():
-    table = summarize(long({"mine": {"mse": [1.0, 2.0]}}))
-    assert table[["floor", "ceiling", "calibrated"]].isna().all(axis=None)
-
-
-def test_an_interval_needs_two_conditions():
-    table = summarize(long({"mine": {"mse": [1.0]}, "other": {"mse": [1.0, 1.0]}}))
-    assert np.isnan(table.loc[0, "low"])
-    assert (table.loc[1, "low"], table.loc[1, "high"]) == (1.0, 1.0)
-
-
-def test_intervals_cover_the_mean_of_the_population_as_often_as_they_say():
-    draw = np.random.default_rng(0)
-    samples = long({str(i): {"mse": list(draw.normal(size=40))} for i in range(300)})
-    table = summarize(samples)
-    covered = (table["low"] < 0) & (table["high"] > 0)
-    assert 0.9 < covered.mean() < 0.98
 
 
 # ---- real cells ------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from knockon.evaluate.scores import BASELINES, CEILING
 from knockon.evaluate.suites import METRICS
+from knockon.evaluate.summary import BASELINES, CEILING
 
 COLUMNS = 4
 """Panels in a row."""

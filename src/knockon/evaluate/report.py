@@ -10,8 +10,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from knockon.evaluate.metrics import Metric
-from knockon.evaluate.scores import CEILING, SUMMARY
 from knockon.evaluate.suites import METRICS
+from knockon.evaluate.summary import CEILING, SUMMARY
 from knockon.files import write_text, written_aside
 from knockon.types import UserError
 

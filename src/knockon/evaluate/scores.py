@@ -1,37 +1,28 @@
 """Anchors, without which no score can be read: the floor, the best simple baseline and the ceiling."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from jaxtyping import Float
 
 from knockon import models
 from knockon.data import prepare
 from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs, read_prediction
 from knockon.evaluate.populations import mean, num_cells
-from knockon.evaluate.suites import METRICS, Asked, score
+from knockon.evaluate.suites import Asked, metric_named, score
+from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.evaluate.truth import Truth
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import generate
 
 log = logging.getLogger("knockon")
 
-FLOOR, CEILING = "no_effect", "ceiling"
-BASELINES = (FLOOR, "mean_shift", "additive")
-"""Simple baselines, the best of which is where calibrated scores begin."""
-DRAWS = 2000
-"""Bootstrap samples of an interval."""
-SUMMARY = "model", "metric", "mean", "low", "high", "floor", "ceiling", "calibrated"
-"""Columns of a summary."""
 HALVINGS = 5
 """Random halvings that a ceiling is the mean of."""
 
@@ -154,7 +145,7 @@ def _halved(truth: Truth, rng: np.random.Generator) -> Pairs:
 
 def _whole(value: float, name: str) -> float:
     """Carry a score between halves over to whole conditions."""
-    match _metric(name).noise:
+    match metric_named(name).noise:
         case "square":
             return value / 2
         case "root":
@@ -169,68 +160,5 @@ def _whole(value: float, name: str) -> float:
             return value
 
 
-def _metric(name: str) -> Metric:
-    return next(metric for metric in METRICS if metric.name == name)
-
-
 def _ordered(*tables: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True).reindex(columns=["model", "condition", "metric", "value"])
-
-
-# ---- from conditions to one line per model ---------------------------------------------------------
-
-
-def summarize(
-    scores: pd.DataFrame,
-    *,
-    floor: str = FLOOR,
-    baselines: Sequence[str] = BASELINES,
-    ceiling: str = CEILING,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Average over conditions, with intervals and between anchors.
-
-    Parameters
-    ----------
-    scores
-        Long, with the columns ``model, condition, metric, value``, the anchors among the models.
-    floor, baselines, ceiling
-        Their names; those that are absent give empty values.
-    seed
-        Of the bootstrap. Models share its samples of conditions.
-
-    Returns
-    -------
-    DataFrame
-        ``model, metric, mean, low, high, floor, ceiling, calibrated``. ``low`` and ``high`` bound the 95 %
-        bootstrap interval over conditions, empty for fewer than two. ``calibrated`` is 0 for the best
-        baseline that has all conditions and 1 for the ceiling, whatever the metric's direction; empty
-        where the ceiling is not better than that baseline, since the metric has no room to measure then.
-    """
-    rows = []
-    for name, part in scores.dropna(subset="value").groupby("metric", sort=False):
-        higher = _metric(str(name)).direction == "higher"
-        values = {str(m): v.to_numpy(float) for m, v in part.groupby("model", sort=False)["value"]}
-        means = {model: found.mean() for model, found in values.items()}
-        complete = [m for m in baselines if m in means and len(values[m]) == max(map(len, values.values()))]
-        start = (max if higher else min)((means[m] for m in complete), default=np.nan)
-        anchored = means.get(floor, np.nan), means.get(ceiling, np.nan)
-        room = anchored[1] - start if higher else start - anchored[1]
-        for model, found in values.items():
-            gain = means[model] - start if higher else start - means[model]
-            calibrated = gain / room if room > 0 else np.nan
-            bounds = _interval(found, np.random.default_rng(seed))
-            rows.append((model, name, means[model], *bounds, *anchored, calibrated))
-    table = pd.DataFrame.from_records(rows, columns=SUMMARY)
-    place = {model: i for i, model in enumerate(dict.fromkeys(scores["model"]))}
-    return table.sort_values("model", key=lambda names: names.map(place), kind="stable", ignore_index=True)
-
-
-def _interval(values: Float[np.ndarray, "conditions"], rng: np.random.Generator) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
-    count = len(values)
-    if count < 2:
-        return np.nan, np.nan
-    means = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS) @ values / count
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)

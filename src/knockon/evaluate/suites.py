@@ -101,3 +101,8 @@ SUITES = (
 )
 METRICS = tuple({metric.name: metric for suite in SUITES for metric in suite.metrics}.values())
 """Of all suites, each once: a name means one thing, whatever the suite."""
+
+
+def metric_named(name: str) -> Metric:
+    """Find a metric; names are those of tables, so there is one."""
+    return next(metric for metric in METRICS if metric.name == name)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from knockon.evaluate.scores import BASELINES, CEILING, FLOOR, summarize
 from knockon.evaluate.suites import METRICS
+from knockon.evaluate.summary import BASELINES, CEILING, FLOOR, summarize
 from knockon.files import write_text
 
 LONG = ["model", "condition", "metric", "value"]

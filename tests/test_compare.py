@@ -43,7 +43,7 @@ def test_the_means_are_of_the_scores(folder: Path) -> None:
 
 
 def test_generated_cells_are_compared_too(screen: Screen, tmp_path: Path) -> None:
-    comparison = Comparison(models=("nearest",), suite="generation")
+    comparison = Comparison(models=("nearest",), suite=("generation",))
     summary = compare(screen, splits.additive(screen), out=tmp_path, comparison=comparison)
     assert list(summary["model"].unique()) == ["no_effect", "mean_shift", "additive", "nearest", "ceiling"]
     means = summary.set_index(["metric", "model"])["mean"]

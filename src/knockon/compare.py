@@ -15,8 +15,8 @@ from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.summary import CEILING
-from knockon.evaluate.tables import write
 from knockon.evaluate.truth import Truth
+from knockon.evaluate.verdict import Verdict
 from knockon.files import digest, written_aside
 from knockon.model import Recipe
 from knockon.models.additive import Config as AdditiveConfig
@@ -45,8 +45,8 @@ class Comparison:
     """Training steps of every model that has any; each preset's own without it, as in earlier stages."""
     seed: int = 0
     """Seed of training, prediction and the ceiling."""
-    suite: suites.Name = "core"
-    """Which metrics, by which conventions."""
+    suite: tuple[suites.Name, ...] = ("core",)
+    """Which metrics, by which conventions; several may be named."""
     fallback: str | None = None
     """Baseline that answers for the conditions that a model has no basis to predict; without one, such a
     model is left out."""
@@ -62,7 +62,7 @@ def compare(
 ) -> pd.DataFrame:
     """Train, predict and score models; what lies in the folder already is not done again.
 
-    Writes ``runs/``, ``predictions/``, ``scores.csv`` and ``summary.csv``.
+    Writes ``runs/``, ``predictions/``, and the tables of ``Verdict.write``.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def compare(
         except Refusal as refusal:
             log.warning("%s is left out. %s", name, refusal)
             continue
-        truth = truth or Truth.of(run.screen, split)
+        truth = truth or Truth.of(run.screen, split, source=screen)
         path = folder / "predictions" / f"{name}.h5ad"
         predicted = _predicted(run, fallback, path, comparison, quiet=options.quiet)
         if name == comparison.fallback:
@@ -96,7 +96,8 @@ def compare(
     if truth is None or not found:
         raise UserError("No model could predict the test conditions", mend="choose other --models")
     top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=CEILING)
-    return write(pd.concat([*found, top], ignore_index=True), folder)
+    whole = pd.concat([*found, top], ignore_index=True)
+    return Verdict(scores=whole, truth=truth, split=split, suite=comparison.suite).write(folder)
 
 
 def _recipes(comparison: Comparison) -> dict[str, Recipe]:

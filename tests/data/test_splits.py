@@ -105,9 +105,9 @@ def test_unseen_hides_every_condition_of_a_perturbation(screen):
     assert len(split.heldout) == 2
     for label in (*split.train, *split.validation):
         assert not set(label.perturbations) & set(split.heldout)
-    assert {splits.seen(split, label) for label in split.test} >= {0, 1}
+    assert {splits.seen(split.train, label) for label in split.test} >= {0, 1}
     for label in split.test:
-        assert splits.seen(split, label) < len(label.perturbations)
+        assert splits.seen(split.train, label) < len(label.perturbations)
     named = splits.unseen(screen, holdout=["P3"])
     assert {label for label in screen.conditions if "P3" in label.perturbations} == set(named.test)
 

@@ -178,9 +178,9 @@ def training(split: Split, screen: Screen) -> Screen:
     return part(split, screen, "train")
 
 
-def seen(split: Split, label: Label) -> int:
-    """How many perturbations of a condition occur in training, alone or in combination."""
-    known = {name for trained in split.train for name in trained.perturbations}
+def seen(train: Iterable[Label], label: Label) -> int:
+    """How many perturbations of a condition occur in training conditions, alone or in combination."""
+    known = {name for trained in train for name in trained.perturbations}
     return sum(name in known for name in label.perturbations)
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import scipy.sparse as sp
 from jaxtyping import Float
 
+from knockon.data import splits
 from knockon.evaluate.populations import exact, moments, num_cells
 from knockon.evaluate.suites import ALL
 from knockon.evaluate.truth import Truth
@@ -43,7 +44,8 @@ def stratify(scores: pd.DataFrame, truth: Truth) -> pd.DataFrame:
         if of_each[by].nunique() < 2:
             continue
         known = scores[scores["condition"] != ALL].assign(by=by)
-        known["stratum"] = known["condition"].map(of_each[by].to_dict())
+        strata = of_each[by]
+        known["stratum"] = [strata[name] for name in known["condition"]]
         groups = known.groupby(["model", "metric", "by", "stratum"], sort=False)["value"]
         tables.append(groups.agg(conditions="size", mean="mean").reset_index())
     if not tables:
@@ -92,11 +94,10 @@ def _thirds(values: Float[np.ndarray, "conditions"], names: tuple[str, str, str]
 
 
 def _seen(label: Label, train: Iterable[Label]) -> str:
-    known = {name for other in train for name in other.perturbations}
-    unseen = sum(name not in known for name in label.perturbations)
-    if not unseen:
+    known = splits.seen(train, label)
+    if known == len(label.perturbations):
         return "seen"
-    return "unseen" if unseen == len(label.perturbations) else "partly unseen"
+    return "partly unseen" if known else "unseen"
 
 
 def _context(label: Label, train: Iterable[Label]) -> str:

@@ -27,10 +27,12 @@ class Truth:
     Parameters
     ----------
     source
-        The screen as it was given.
+        The screen as it was given; it may have further genes.
     screen
         Where all of it is from, in log1p. A screen in counts is normalized to the median total of its
         training cells first.
+    units
+        What that screen was in.
     labels
         The scored conditions: the rows of everything here.
     train
@@ -54,6 +56,7 @@ class Truth:
 
     source: Screen
     screen: Screen
+    units: Units
     labels: tuple[Label, ...]
     train: tuple[Label, ...]
     cells: tuple[sp.csr_matrix, ...]
@@ -67,19 +70,21 @@ class Truth:
     counts: tuple[sp.csr_matrix, ...] | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def units(self) -> Units:
-        """What the screen was in."""
-        return self.source.units
-
     @cached_property
     def moments(self) -> Moments:
         """Of the real cells."""
         return moments(self.cells)
 
     @classmethod
-    def of(cls, screen: Screen, split: Split) -> "Truth":
+    def of(cls, screen: Screen, split: Split, *, source: Screen | None = None) -> "Truth":
         """Gather the test part of a screen.
+
+        Parameters
+        ----------
+        screen
+            As it was measured, or prepared for a model.
+        source
+            As it was measured, where ``screen`` is prepared: for what is scored in counts.
 
         Raises
         ------
@@ -88,7 +93,7 @@ class Truth:
         """
         test = _part(screen, split.test, "test")
         train = _part(screen, (*split.train, *split.validation), "training")
-        source, screen = screen, _in_log1p(screen, train)
+        source, units, screen = source or screen, screen.units, _in_log1p(screen, train)
         means = {label: mean(_cells(screen, screen.rows[label])) for label in screen.conditions}
         controls = {context: mean(_cells(screen, rows)) for context, rows in _controls(screen).items()}
         centroids = _centroids({label: means[label] for label in train}, controls)
@@ -98,12 +103,11 @@ class Truth:
         return cls(
             source=source,
             screen=screen,
+            units=units,
             labels=test,
             train=train,
             cells=tuple(_cells(screen, screen.rows[label]) for label in test),
-            counts=tuple(_cells(source, source.rows[label]) for label in test)
-            if source.units == "counts"
-            else None,
+            counts=_counts(source, screen, test),
             half=np.array([len(screen.rows[label]) // 2 for label in test]),
             space=Space(train=screen.select((*train, *screen.controls))),
             control=np.stack([controls[label.covariates] for label in test]),
@@ -111,7 +115,7 @@ class Truth:
             candidates=np.stack([means[label] for label in screen.conditions]),
             own=own,
             rivals=rivals,
-            notes=_notes(screen, source.units, test, train),
+            notes=_notes(screen, units, test, train),
         )
 
     def select(self, labels: Iterable[Label]) -> "Truth":
@@ -155,6 +159,15 @@ def _in_log1p(screen: Screen, train: Iterable[Label]) -> Screen:
 
 def _cells(screen: Screen, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
     return exact(sp.csr_matrix(screen.matrix[rows]))
+
+
+def _counts(source: Screen, screen: Screen, labels: Iterable[Label]) -> tuple[sp.csr_matrix, ...] | None:
+    """Find the counts of the panel's genes in the cells of conditions, where they were measured."""
+    if source.units != "counts":
+        return None
+    place = {gene: i for i, gene in enumerate(source.genes)}
+    columns = [place[gene] for gene in screen.genes]
+    return tuple(_cells(source, source.rows[label])[:, columns] for label in labels)
 
 
 def _controls(screen: Screen) -> dict[Context, Int[np.ndarray, "cells"]]:

@@ -1,0 +1,27 @@
+import json
+
+import pandas as pd
+
+from knockon.evaluate import scores
+from knockon.evaluate.summary import PAIRED, SUMMARY
+from knockon.evaluate.truth import Truth
+from knockon.evaluate.verdict import Verdict
+
+
+def test_a_folder_has_all_tables_and_says_what_they_are_of(screen, split, tmp_path):
+    truth = Truth.of(screen, split)
+    found = scores.anchors(truth, split, ("core", "generation"), cells=20)
+    verdict = Verdict(scores=found, truth=truth, split=split, suite=("core", "generation"))
+    summary = verdict.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("scores.csv", "summary.csv", "paired.csv", "strata.csv", "about.json")
+    }
+    assert tuple(summary.columns) == SUMMARY
+    assert tuple(pd.read_csv(tmp_path / "paired.csv").columns) == PAIRED
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["screen"]["genes"] == len(screen.genes)
+    assert about["screen"]["cells"] == screen.num_cells
+    assert about["split"]["test"] == 3
+    assert about["suites"] == ["core", "generation"]
+    assert set(about["metrics"]) == set(summary["metric"])
+    assert "U-statistic" in about["metrics"]["energy_distance"]["how"]

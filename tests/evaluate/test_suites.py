@@ -115,7 +115,8 @@ def test_discrimination_is_left_out_without_rivals(make):
 def test_an_unknown_suite_is_refused(screen, split, prediction):
     with pytest.raises(UserError, match="Unknown suite vcc"):
         score(Pairs.of(prediction, screen, split), "vcc")
-    assert [suite.name for suite in SUITES] == list(get_args(suites.Name)) == ["core", "generation"]
+    names = ["core", "generation", "distribution", "interaction", "systema"]
+    assert [suite.name for suite in SUITES] == list(get_args(suites.Name)) == names
 
 
 def test_names_of_metrics_are_unique():

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
@@ -41,6 +42,8 @@ Sample = Float[np.ndarray, "_ dims"]  # conditions need not have equally many
 
 BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Standard deviations of the Gaussian kernels of ``mmd2``, in units of the space."""
+IN_SPACE = "30 PCs of real training cells, log1p per 10k; equally many cells a side: half of the real, <= 256"
+"""How points are made and drawn, to be printed beside each number that is of points."""
 NEIGHBORS = 3
 """Which neighbor's distance is the radius of a ball in ``precision`` and ``recall``."""
 
@@ -214,7 +217,7 @@ def r2(predicted: Means, real: Means) -> Values:
 # ---- the tuple -------------------------------------------------------------------------------------
 
 
-def _each(
+def each(
     between: Callable[[Points, Points], float],
 ) -> Callable[[Sequence[Sample], Sequence[Sample]], Values]:
     """Apply to the points of each condition.
@@ -233,10 +236,17 @@ def _each(
     return scored
 
 
-def gather(pairs: Pairs, cells: int) -> Evidence:
-    """Gather what the metrics of generation look at."""
-    truth, space = pairs.truth, pairs.truth.space
-    most = np.minimum(truth.half, cells).tolist()
+def drawn(pairs: Pairs, cells: int) -> list[tuple[sp.csr_matrix, sp.csr_matrix]]:
+    """Draw as many predicted and real cells of each condition as a half of its real cells has.
+
+    Parameters
+    ----------
+    pairs
+        Where from. Where fewer cells are predicted, there are fewer on both sides, and a warning says so.
+    cells
+        At most so many.
+    """
+    most = np.minimum(pairs.truth.half, cells).tolist()
     few = sum(num_cells(x) < count for x, count in zip(pairs.cells, most, strict=True))
     if few:
         log.warning(
@@ -244,13 +254,19 @@ def gather(pairs: Pairs, cells: int) -> Evidence:
             "populations depend: predict %d cells of each",
             *(few, len(most), max(most)),
         )
-    sides = zip(truth.labels, pairs.cells, truth.cells, most, strict=True)
-    drawn = [draw(label, x, y, count) for label, x, y, count in sides]
+    sides = zip(pairs.truth.labels, pairs.cells, pairs.truth.cells, most, strict=True)
+    return [draw(label, x, y, count) for label, x, y, count in sides]
+
+
+def gather(pairs: Pairs, cells: int) -> Evidence:
+    """Gather what the metrics of generation look at."""
+    truth, space = pairs.truth, pairs.truth.space
+    sides = drawn(pairs, cells)
     predicted = moments([space.scaled(x) for x in pairs.cells])
     real = moments([space.scaled(y) for y in truth.cells])
     return Evidence(
-        predicted_points=[space.project(x) for x, _ in drawn],
-        real_points=[space.project(y) for _, y in drawn],
+        predicted_points=[space.project(x) for x, _ in sides],
+        real_points=[space.project(y) for _, y in sides],
         predicted=predicted.mean,
         real=real.mean,
         predicted_variance=np.nan_to_num(predicted.variance),
@@ -261,12 +277,18 @@ def gather(pairs: Pairs, cells: int) -> Evidence:
 
 
 METRICS = (
-    Metric("w2", _each(w2), "lower", 0.0, "none"),
-    Metric("frechet", _each(frechet), "lower", 0.0, "none"),
-    Metric("mmd2", _each(mmd2), "lower", 0.0, "none"),
-    Metric("nn_accuracy_error", _each(nn_accuracy_error), "lower", 0.0, "none"),
-    Metric("precision", _each(precision), "higher", 1.0, "none"),
-    Metric("recall", _each(recall), "higher", 1.0, "none"),
+    Metric("w2", each(w2), "lower", 0.0, "none", how=f"exact transport, squared cost, its root; {IN_SPACE}"),
+    Metric("frechet", each(frechet), "lower", 0.0, "none", how=f"Gaussians, a square; {IN_SPACE}"),
+    Metric(
+        *("mmd2", each(mmd2), "lower", 0.0, "none"),
+        how=f"U-statistic, sum of Gaussian kernels of widths 1, 2, 4, 8, 16; {IN_SPACE}",
+    ),
+    Metric(
+        *("nn_accuracy_error", each(nn_accuracy_error), "lower", 0.0, "none"),
+        how=f"1 neighbor, leave-one-out, Euclidean, sides apart; {IN_SPACE}",
+    ),
+    Metric("precision", each(precision), "higher", 1.0, "none", how=f"third neighbor; {IN_SPACE}"),
+    Metric("recall", each(recall), "higher", 1.0, "none", how=f"third neighbor; {IN_SPACE}"),
     Metric("mean_r2", mean_r2, "higher", 1.0, "determination"),
     Metric("variance_r2", variance_r2, "higher", 1.0, "determination"),
     Metric("zero_fraction_r2", zero_fraction_r2, "higher", 1.0, "determination"),

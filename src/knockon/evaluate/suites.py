@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from knockon.evaluate import generation, metrics
+from knockon.evaluate import distribution, generation, interaction, metrics, systema
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
 from knockon.types import UserError
 
-Name = Literal["core", "generation"]
+Name = Literal["core", "generation", "distribution", "interaction", "systema"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,9 @@ def chosen(suite: Asked) -> tuple[Suite, ...]:
 SUITES = (
     Suite(name="core", metrics=metrics.METRICS, gather=metrics.gather),
     Suite(name="generation", metrics=generation.METRICS, gather=generation.gather),
+    Suite(name="distribution", metrics=distribution.METRICS, gather=distribution.gather),
+    Suite(name="interaction", metrics=interaction.METRICS, gather=interaction.gather),
+    Suite(name="systema", metrics=systema.METRICS, gather=systema.gather),
 )
 METRICS = tuple({metric.name: metric for suite in SUITES for metric in suite.metrics}.values())
 """Of all suites, each once: a name means one thing, whatever the suite."""

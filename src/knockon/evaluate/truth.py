@@ -75,6 +75,11 @@ class Truth:
         """Of the real cells."""
         return moments(self.cells)
 
+    def population(self, label: Label) -> sp.csr_matrix:
+        """Real cells of any condition of the screen or of any control, scored or not."""
+        screen = self.screen
+        return _cells(screen, screen.control_rows(label) if label.is_control else screen.rows[label])
+
     @classmethod
     def of(cls, screen: Screen, split: Split, *, source: Screen | None = None) -> "Truth":
         """Gather the test part of a screen.

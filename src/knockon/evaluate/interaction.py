@@ -1,0 +1,265 @@
+"""Interaction: what two perturbations do together beyond the sum of what each does alone.
+
+Scored are doubles of the test part whose two singles were measured in training, at the same doses and in
+the same context. Conventions [ahlmann2025]. Space and means: those of ``core``, all genes, the targets too.
+Expected change: the sum of the changes of the two *real* singles; all changes are against the *real* control
+of the context, on both sides. Residual: change less expected change. Sampling error of the real residual:
+root of the summed variances of the means of its four populations (double, two singles, control).
+Really non-additive genes: those whose real residual is at least .1, and significant by a two-sided normal
+test against its sampling error with a false discovery rate of .05 within the double [benjamini1995].
+Classes: ``synergy``, the residual points where the expected change does, or nothing was expected (a change
+below .1); ``opposite``, it points the other way and so far that the change is reversed, by at least .1;
+``buffering``, it points the other way and is neither.
+
+Both residuals subtract the same singles and share their sampling noise, so that a prediction without
+information (no change at all) can score above chance in ``interaction_corr``, the more so the weaker the
+singles are. They cannot be given cells of their own, because models were trained on all of them, and the
+additive baseline would be wrong by construction. A replicate shares that noise, too: read all of these
+between floor and ceiling. The additive baseline predicts no residual but what sampling its cells leaves, and
+scores about chance.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Int
+from scipy.stats import false_discovery_control, norm
+
+from knockon.data.splits import singles
+from knockon.evaluate.metrics import FLAT, Means, Metric, Values, pearson
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.populations import moments, num_cells
+from knockon.evaluate.truth import Truth
+from knockon.types import Label, UserError
+
+SIZE = 0.1
+"""Change of a mean, in log1p, below which nothing is made of it."""
+RATE = 0.05
+"""False discovery rate of really non-additive genes, within a double."""
+CLASSES = ("additive", "synergy", "buffering", "opposite")
+"""What a gene does under a double; ``additive`` where it is not really non-additive."""
+
+Calls = Bool[np.ndarray, "conditions genes"]
+Classes = Int[np.ndarray, "conditions genes"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evidence:
+    """What metrics of interaction look at; NaN for conditions that are not scored.
+
+    Parameters
+    ----------
+    predicted, real
+        Residuals: changes of the mean against control, less the expected change.
+    expected
+        Sum of the real changes under the two singles.
+    error
+        Sampling error of ``real``, a standard deviation.
+    called
+        Whether a gene is really non-additive; nowhere in conditions that are not scored.
+    """
+
+    predicted: Means
+    real: Means
+    expected: Means
+    error: Means
+    called: Calls
+
+
+# ---- metrics ---------------------------------------------------------------------------------------
+
+
+def interaction_corr(predicted: Means, real: Means) -> Values:
+    """Correlation of predicted and real residual against the sum of the singles, over all genes."""
+    return pearson(predicted, real)
+
+
+def interaction_ap(predicted: Means, error: Means, called: Calls) -> Values:
+    """Average precision of predicted residuals in finding the really non-additive genes.
+
+    Genes are ranked by the size of the predicted residual in units of the sampling error of the real one,
+    without which genes that vary much would be found by chance. Chance is the share of such genes; NaN
+    where there are none.
+    """
+    from sklearn.metrics import average_precision_score  # noqa: PLC0415 (a second)
+
+    return _detection(average_precision_score, predicted, error, called)
+
+
+def interaction_auroc(predicted: Means, error: Means, called: Calls) -> Values:
+    """Area under the ROC curve of predicted residuals in finding the really non-additive genes.
+
+    Ranked as for ``interaction_ap``. 1 is best and .5 chance, however many such genes there are.
+    """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 (a second)
+
+    return _detection(roc_auc_score, predicted, error, called)
+
+
+def _detection(area: Callable[..., float], predicted: Means, error: Means, called: Calls) -> Values:
+    values = np.full(len(called), np.nan)
+    for row in np.flatnonzero(called.any(axis=1) & ~called.all(axis=1)):
+        values[row] = area(called[row], np.abs(predicted[row]) / np.maximum(error[row], FLAT))
+    return values
+
+
+def interaction_class(predicted: Means, real: Means, expected: Means, called: Calls) -> Values:
+    """Balanced accuracy of synergy, buffering or opposite over really non-additive genes, above chance.
+
+    The mean over the classes that are present of the share of genes given the right class and direction,
+    brought to 0 for chance (one over the number of classes) and 1 for all right. NaN where fewer than two
+    classes are present, because always the same answer would be right then.
+    """
+    ours, theirs = classes(predicted, expected), classes(real, expected)
+    right = (ours == theirs) & (np.sign(predicted) == np.sign(real)) & (np.abs(predicted) > FLAT)
+    values = np.full(len(real), np.nan)
+    for row, genes in enumerate(called):
+        present = np.unique(theirs[row, genes])
+        if len(present) > 1:
+            recall = np.mean([right[row, genes & (theirs[row] == kind)].mean() for kind in present])
+            values[row] = (recall - 1 / len(present)) / (1 - 1 / len(present))
+    return values
+
+
+def interaction_size(predicted: Means, real: Means, called: Calls) -> Values:
+    """Difference of the sizes of predicted and real residual, in ratio to their sum.
+
+    Sizes are Euclidean norms over the really non-additive genes. From 0 to 1, which is no interaction; 1/3
+    for twice the real size as for half of it. NaN where there are no such genes.
+    """
+    ours, theirs = (np.linalg.norm(np.where(called, x, 0.0), axis=1) for x in (predicted, real))
+    return np.where(called.any(axis=1), np.abs(ours - theirs) / np.maximum(ours + theirs, FLAT), np.nan)
+
+
+def classes(residual: Means, expected: Means) -> Classes:
+    """Class of each gene, as a place in ``CLASSES``, by a residual and the change that was expected."""
+    along = residual * np.sign(expected)
+    reversed_ = np.abs(expected) + along <= -SIZE
+    kinds = np.where(reversed_, CLASSES.index("opposite"), CLASSES.index("buffering"))
+    return np.where((along > 0) | (np.abs(expected) < SIZE), CLASSES.index("synergy"), kinds)
+
+
+# ---- evidence --------------------------------------------------------------------------------------
+
+
+def gather(pairs: Pairs, cells: int) -> Evidence:  # noqa: ARG001 (means are of all cells)
+    """Gather what the metrics of interaction look at.
+
+    Raises
+    ------
+    UserError
+        If no scored condition is a double with both singles in training.
+    """
+    truth = pairs.truth
+    rows = _scored(truth)
+    expected, variance = np.full((2, *truth.control.shape), np.nan)
+    expected[rows], variance[rows] = _additive(truth, rows)
+    counts = np.array([num_cells(x) for x in truth.cells])[:, None]
+    real = truth.moments.mean - truth.control - expected
+    error = np.sqrt(truth.moments.variance / counts + variance)
+    called = np.zeros(real.shape, dtype=bool)
+    called[rows] = non_additive(real[rows], error[rows])
+    predicted = pairs.moments.mean - truth.control - expected
+    return Evidence(predicted=predicted, real=real, expected=expected, error=error, called=called)
+
+
+def _scored(truth: Truth) -> list[int]:
+    """Rows of the doubles whose singles were both measured in training."""
+    train = set(truth.train)
+    rows = [
+        row
+        for row, label in enumerate(truth.labels)
+        if len(label.perturbations) == 2 and train.issuperset(singles(label))
+    ]
+    if not rows:
+        raise UserError(
+            "No test condition is a double whose two singles were measured in training",
+            offenders=truth.labels,
+            expected="doubles A+B, with A and B in training in the same context",
+            mend="choose another --suite, or --split additive",
+        )
+    return rows
+
+
+def _additive(truth: Truth, rows: list[int]) -> tuple[Means, Means]:
+    """Sum of the changes under the singles, and the variance by sampling of what it takes from a double."""
+    needed = {part for row in rows for part in _parts(truth.labels[row])}
+    measured = {part: truth.population(part) for part in sorted(needed)}
+    found = moments(list(measured.values()))
+    counts = np.array([num_cells(cells) for cells in measured.values()])[:, None]
+    means = dict(zip(measured, found.mean, strict=True))
+    variances = dict(zip(measured, found.variance / counts, strict=True))
+    expected = [means[a] + means[b] - 2 * means[control] for a, b, control in map(_parts, _at(truth, rows))]
+    variance = [sum(variances[part] for part in _parts(label)) for label in _at(truth, rows)]
+    return np.stack(expected), np.stack(variance)
+
+
+def _at(truth: Truth, rows: list[int]) -> list[Label]:
+    return [truth.labels[row] for row in rows]
+
+
+def _parts(label: Label) -> list[Label]:
+    return [*singles(label), label.control()]
+
+
+def non_additive(residual: Means, error: Means) -> Calls:
+    """Call the genes whose real residual is at least ``SIZE`` and significant at ``RATE`` in their row."""
+    z = np.divide(residual, error, out=np.zeros_like(residual), where=error > 0)
+    return (false_discovery_control(2 * norm.sf(np.abs(z)), axis=1) <= RATE) & (np.abs(residual) >= SIZE)
+
+
+def table(pairs: Pairs) -> pd.DataFrame:
+    """Tabulate the changes of every gene under every scored double, against control, to be drawn.
+
+    Returns
+    -------
+    DataFrame
+        ``condition, gene, expected, real, predicted, class``: the sum of the two singles' changes, the real
+        and the predicted change, and which of ``CLASSES`` the gene really has.
+
+    Raises
+    ------
+    UserError
+        If no scored condition is a double with both singles in training.
+    """
+    found, rows = gather(pairs, 0), _scored(pairs.truth)
+    names, genes = [str(label) for label in _at(pairs.truth, rows)], pairs.truth.screen.genes
+    kinds = np.where(found.called, classes(found.real, found.expected), CLASSES.index("additive"))
+    return pd.DataFrame(
+        {
+            "condition": np.repeat(names, len(genes)),
+            "gene": np.tile(genes, len(rows)),
+            "expected": found.expected[rows].ravel(),
+            "real": (found.expected + found.real)[rows].ravel(),
+            "predicted": (found.expected + found.predicted)[rows].ravel(),
+            "class": np.array(CLASSES)[kinds[rows]].ravel(),
+        }
+    )
+
+
+CALLED = f"genes with a real residual of at least {SIZE:g} log1p and a false discovery rate of {RATE:g}"
+
+METRICS = (
+    Metric(
+        *("interaction_corr", interaction_corr, "higher", 1.0, "reliability"),
+        how="doubles with measured singles, Pearson of residuals over all genes, real singles and control",
+    ),
+    Metric(
+        *("interaction_ap", interaction_ap, "higher", 1.0, "none"),
+        how=f"|residual| / sampling error; finds {CALLED}; chance is their share",
+    ),
+    Metric(
+        *("interaction_auroc", interaction_auroc, "higher", 1.0, "none"),
+        how=f"|residual| / sampling error; finds {CALLED}; chance .5",
+    ),
+    Metric(
+        *("interaction_class", interaction_class, "higher", 1.0, "none"),
+        how=f"synergy, buffering, opposite; balanced accuracy, 0 is chance; {CALLED}",
+    ),
+    Metric(
+        *("interaction_size", interaction_size, "lower", 0.0, "none"),
+        how=f"|a - b| / (a + b) of the norms; {CALLED}",
+    ),
+)

@@ -15,7 +15,7 @@ from knockon.evaluate.interaction import (
     interaction_ap,
     interaction_auroc,
     interaction_class,
-    interaction_corr,
+    interaction_cosine,
     interaction_size,
     non_additive,
     table,
@@ -26,7 +26,7 @@ from knockon.evaluate.suites import score
 from knockon.evaluate.truth import Truth
 from knockon.types import UserError
 
-NAMES = "interaction_corr interaction_ap interaction_auroc interaction_class interaction_size"
+NAMES = "interaction_cosine interaction_ap interaction_auroc interaction_class interaction_size"
 GENES = 300
 CELLS = 80
 DOUBLES = ("A+B", "A+C", "B+C")
@@ -140,17 +140,17 @@ def test_who_knows_the_interactions_is_near_one_and_the_additive_baseline_at_cha
     knows, baseline = scored["knows"], scored["additive"]
     assert list(knows.index) == NAMES.split()
     assert (knows[["interaction_ap", "interaction_auroc", "interaction_class"]] > 0.9).all()
-    assert knows["interaction_corr"] > 0.8
+    assert knows["interaction_cosine"] > 0.8
     assert knows["interaction_size"] < 0.05
     share = gather(Pairs(truth=planted, cells=planted.cells), 0).called.mean()
-    assert baseline["interaction_corr"] == pytest.approx(0, abs=0.1)
+    assert baseline["interaction_cosine"] == pytest.approx(0, abs=0.1)
     assert baseline["interaction_ap"] == pytest.approx(share, abs=0.08)
     assert baseline["interaction_auroc"] == pytest.approx(0.5, abs=0.08)
     assert baseline["interaction_class"] == pytest.approx(0, abs=0.2)
     assert baseline["interaction_size"] > 0.7
     half = scored["half"]
     assert half["interaction_size"] == pytest.approx(1 / 3, abs=0.05)
-    assert scored["flipped"]["interaction_corr"] < -0.8
+    assert scored["flipped"]["interaction_cosine"] < -0.8
     assert scored["flipped"]["interaction_class"] < -0.4
     assert scored["flipped"]["interaction_auroc"] > 0.9  # detection is blind to signs
 
@@ -159,22 +159,17 @@ def test_a_replicate_is_at_the_ceiling(planted):
     top = ceiling(planted, "interaction").groupby("metric")["value"].mean()
     assert set(top.index) == set(NAMES.split())
     knows = means(predictions(planted, planted=True)["knows"])
-    assert knows["interaction_corr"] == pytest.approx(top["interaction_corr"], abs=0.1)
+    assert knows["interaction_cosine"] == pytest.approx(top["interaction_cosine"], abs=0.1)
     assert top["interaction_auroc"] > 0.9
 
 
 def test_an_additive_world_has_nothing_to_detect(additive):
+    """Neither for a replicate nor for no effect, although their residuals share the noise of the singles."""
     found = gather(Pairs(truth=additive, cells=additive.cells), 0)
-    assert found.called.sum() <= 3  # of 900: with nothing to find, any call is false, 5 % of the time
-    assert means(predictions(additive, planted=False)["additive"])["interaction_corr"] == pytest.approx(
-        0, abs=0.1
-    )
-
-
-def test_no_effect_shares_noise_with_the_singles(additive):
-    """Why these are read between anchors: nothing is known of interactions here, and nothing is there."""
-    found = means(predictions(additive, planted=False)["no effect"])
-    assert 0 < found["interaction_corr"] < 0.3
+    assert not found.called.any()
+    for pairs in predictions(additive, planted=False).values():
+        assert score(pairs, "interaction").empty
+    assert ceiling(additive, "interaction").empty
 
 
 def test_the_sampling_error_is_that_of_repeated_experiments(additive):
@@ -199,11 +194,14 @@ def test_classes_of_residuals():
     ]
 
 
-def test_a_call_needs_size_and_significance():
-    residual = np.array([[0.5, 0.05, 0.5, -0.5, 0.0, 0.3, *np.zeros(14)]])
-    error = np.array([[0.01, 0.001, 1.0, 0.1, 0.0, np.nan, *np.ones(14)]])
-    assert non_additive(residual, error)[0, :6].tolist() == [True, False, False, True, False, False]
-    assert not non_additive(residual, error)[0, 6:].any()
+def test_a_call_needs_size_and_significance_and_company():
+    residual = np.array([[0.05, 0.5, -0.5, 0.0, 0.3, *np.repeat([0.4, 0.0], (4, 20))]])
+    error = np.array([[0.001, 1.0, 0.1, 0.0, np.nan, *np.repeat([0.05, 1.0], (4, 20))]])
+    wanted = [False, False, True, False, False, *np.repeat([True, False], (4, 20))]
+    assert non_additive(residual, error)[0].tolist() == wanted
+    residual[0, 8] = 0
+    assert not non_additive(residual, error).any()
+    assert not non_additive(residual, np.full_like(error, np.nan)).any()
 
 
 def test_class_is_balanced_accuracy_above_chance(draw):
@@ -239,6 +237,13 @@ def test_detection_is_in_units_of_the_sampling_error():
     assert interaction_auroc(0 * predicted, error, called) == 0.5
 
 
+def test_cosine_is_of_the_called_genes_and_about_zero():
+    real, called = np.array([[3.0, 4.0, 9.0]]), np.array([[True, True, False]])
+    assert interaction_cosine(np.array([[4.0, 3.0, -99.0]]), real, called) == pytest.approx(24 / 25)
+    assert interaction_cosine(-real, real, called) == pytest.approx(-1)
+    assert interaction_cosine(0 * real, real, called) == 0
+
+
 def test_size_is_blind_to_direction_and_bounded():
     real, called = np.array([[3.0, 4.0, 9.0]]), np.array([[True, True, False]])
     for factor, expected in ((1, 0), (-1, 0), (2, 1 / 3), (0.5, 1 / 3), (0, 1)):
@@ -248,7 +253,7 @@ def test_size_is_blind_to_direction_and_bounded():
 def test_what_the_real_cells_cannot_tell_is_missing():
     real, none = np.array([[0.2, 0.1, np.nan]]), np.zeros((1, 3), dtype=bool)
     for value in (
-        interaction_corr(real, real),
+        interaction_cosine(real, real, none),
         interaction_ap(real, real, none),
         interaction_auroc(real, real, none),
         interaction_class(real, real, real, none),

@@ -6,17 +6,19 @@ Expected change: the sum of the changes of the two *real* singles; all changes a
 of the context, on both sides. Residual: change less expected change. Sampling error of the real residual:
 root of the summed variances of the means of its four populations (double, two singles, control).
 Really non-additive genes: those whose real residual is at least .1, and significant by a two-sided normal
-test against its sampling error with a false discovery rate of .05 within the double [benjamini1995].
+test against its sampling error with a false discovery rate of .05 within the double [benjamini1995]; a double
+with fewer than 5 of them has none.
 Classes: ``synergy``, the residual points where the expected change does, or nothing was expected (a change
 below .1); ``opposite``, it points the other way and so far that the change is reversed, by at least .1;
 ``buffering``, it points the other way and is neither.
 
-Both residuals subtract the same singles and share their sampling noise, so that a prediction without
-information (no change at all) can score above chance in ``interaction_corr``, the more so the weaker the
-singles are. They cannot be given cells of their own, because models were trained on all of them, and the
-additive baseline would be wrong by construction. A replicate shares that noise, too: read all of these
-between floor and ceiling. The additive baseline predicts no residual but what sampling its cells leaves, and
-scores about chance.
+All scores look at really non-additive genes: a double without any has none. Both residuals subtract the same
+singles and share their sampling noise, by which over all genes a prediction without information (no change at
+all) and a replicate correlate where nothing is non-additive, the more so the weaker the singles are. Cells of
+their own for the two sides are no remedy, because models were trained on all cells of the singles, and the
+additive baseline would be wrong by construction. That baseline predicts no residual but what sampling its
+cells leaves, and scores about chance; no change predicts a residual, that the singles cancel, which does find
+genes: read all of these between floor and ceiling.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from jaxtyping import Bool, Int
 from scipy.stats import false_discovery_control, norm
 
 from knockon.data.splits import singles
-from knockon.evaluate.metrics import FLAT, Means, Metric, Values, pearson
+from knockon.evaluate.metrics import FLAT, Means, Metric, Values
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import moments, num_cells
 from knockon.evaluate.truth import Truth
@@ -38,6 +40,8 @@ SIZE = 0.1
 """Change of a mean, in log1p, below which nothing is made of it."""
 RATE = 0.05
 """False discovery rate of really non-additive genes, within a double."""
+LEAST = 5
+"""Really non-additive genes without which a double has none: a few may be called by chance."""
 CLASSES = ("additive", "synergy", "buffering", "opposite")
 """What a gene does under a double; ``additive`` where it is not really non-additive."""
 
@@ -71,9 +75,16 @@ class Evidence:
 # ---- metrics ---------------------------------------------------------------------------------------
 
 
-def interaction_corr(predicted: Means, real: Means) -> Values:
-    """Correlation of predicted and real residual against the sum of the singles, over all genes."""
-    return pearson(predicted, real)
+def interaction_cosine(predicted: Means, real: Means, called: Calls) -> Values:
+    """Cosine of predicted and real residual over the really non-additive genes.
+
+    A correlation about 0, which is the residual of an additive double. 1 is best, 0 says nothing, -1 is
+    worst; NaN where there are no such genes.
+    """
+    ours, theirs = (np.where(called, residual, 0.0) for residual in (predicted, real))
+    norms = np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1)
+    cosine = (ours * theirs).sum(axis=1) / np.maximum(norms[0] * norms[1], FLAT**2)
+    return np.where(called.any(axis=1), cosine, np.nan)
 
 
 def interaction_ap(predicted: Means, error: Means, called: Calls) -> Values:
@@ -205,9 +216,19 @@ def _parts(label: Label) -> list[Label]:
 
 
 def non_additive(residual: Means, error: Means) -> Calls:
-    """Call the genes whose real residual is at least ``SIZE`` and significant at ``RATE`` in their row."""
-    z = np.divide(residual, error, out=np.zeros_like(residual), where=error > 0)
-    return (false_discovery_control(2 * norm.sf(np.abs(z)), axis=1) <= RATE) & (np.abs(residual) >= SIZE)
+    """Call the genes whose real residual is at least ``SIZE`` and significant at ``RATE`` in their row.
+
+    A row of fewer than ``LEAST`` has none.
+    """
+    called = np.zeros(residual.shape, dtype=bool)
+    for row, tested in enumerate(
+        error > 0
+    ):  # not genes that no cell expresses, nor where one cell was measured
+        if tested.any():
+            p = 2 * norm.sf(np.abs(residual[row, tested]) / error[row, tested])
+            called[row, tested] = false_discovery_control(p) <= RATE
+    called &= np.abs(residual) >= SIZE
+    return called & (called.sum(axis=1, keepdims=True) >= LEAST)
 
 
 def table(pairs: Pairs) -> pd.DataFrame:
@@ -243,8 +264,8 @@ CALLED = f"genes with a real residual of at least {SIZE:g} log1p and a false dis
 
 METRICS = (
     Metric(
-        *("interaction_corr", interaction_corr, "higher", 1.0, "reliability"),
-        how="doubles with measured singles, Pearson of residuals over all genes, real singles and control",
+        *("interaction_cosine", interaction_cosine, "higher", 1.0, "reliability"),
+        how=f"of residuals, real singles and control on both sides; {CALLED}",
     ),
     Metric(
         *("interaction_ap", interaction_ap, "higher", 1.0, "none"),

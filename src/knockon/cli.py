@@ -21,10 +21,13 @@ from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
 from knockon.evaluate import report, scores, suites, tables
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.prediction import Reading, read
+from knockon.evaluate.summary import summarize
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
-from knockon.types import UserError
+from knockon.types import Units, UserError
 
 log = logging.getLogger("knockon")
 
@@ -160,25 +163,41 @@ class Evaluate(Command):
     """Score predicted cells against real ones, between a floor and a ceiling."""
 
     pred: Path
-    """Predicted cells: .h5ad."""
+    """Predicted cells, whoever made them: .h5ad or .zarr."""
     real: Path
     """The screen."""
-    split: str = "additive"
-    """A kind of split, or a .json; its test conditions are scored."""
-    out: Path
-    """Folder for scores.csv and summary.csv."""
+    split: str | None = None
+    """A kind of split, or a .json; its test conditions are scored. Without it, all predicted ones are."""
+    out: Path | None = None
+    """Folder for scores.csv, summary.csv and flags.csv; without it, they are only printed."""
     suite: suites.Name = "core"
     """Which metrics, by which conventions."""
     seed: int = 0
     """Seed of the halves of the ceiling and of the baselines' cells."""
+    pred_perturbation_key: str | None = None
+    """Column of the prediction's obs with what was predicted; recognized without it."""
+    pred_layer: str | None = None
+    """Layer of the prediction with the values; X without it."""
+    pred_units: Units | None = None
+    """Scale of the predicted values; what the file declares, or what they look like, without it."""
+    pred_total: float | None = None
+    """Sum that predicted counts were normalized to before log1p, such as 10000."""
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:
         """Score, print and write."""
         screen = read_screen(self.real, self.columns)
-        split = splits.make(self.split, screen)
-        long = scores.evaluate(self.pred, screen, split, suite=self.suite, seed=self.seed)
-        _table(tables.write(long, self.out))
+        reading = Reading(
+            perturbation_key=self.pred_perturbation_key,
+            layer=self.pred_layer,
+            units=self.pred_units,
+            total=self.pred_total,
+        )
+        found = read(self.pred, screen, reading)
+        split = splits.make(self.split, screen) if self.split else found.split(screen)
+        pairs = Pairs.of(found, screen, split)
+        long = scores.judge(pairs, split, self.suite, seed=self.seed)
+        _table(tables.write(long, self.out) if self.out else summarize(long))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import pytest
 import scipy.sparse as sp
 
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.prediction import Reading, read
 from knockon.evaluate.truth import Truth
 from knockon.types import Label, UserError
 
@@ -13,7 +14,7 @@ def test_spellings_and_order_of_a_prediction_do_not_matter(screen, split, predic
     assert [str(label) for label in pairs.truth.labels] == ["A+B", "B+C", "C+D"]
     rows = np.flatnonzero(prediction.obs["perturbation"] == "B+A")
     np.testing.assert_allclose(pairs.cells[0].toarray(), prediction.X.toarray()[rows])
-    assert pairs.notes == ()
+    assert pairs.notes == ("the prediction holds log1p (or --pred-units)",)
 
 
 def test_genes_are_aligned_by_name_and_that_is_noted(screen, split, prediction):
@@ -21,8 +22,8 @@ def test_genes_are_aligned_by_name_and_that_is_noted(screen, split, prediction):
     wider = anndata.concat([other, _extra_gene(other)], axis=1, merge="first")
     pairs, plain = Pairs.of(wider, screen, split), Pairs.of(prediction, screen, split)
     assert all((x != y).nnz == 0 for x, y in zip(pairs.cells, plain.cells, strict=True))
-    assert "1 predicted genes" in pairs.notes[0]
-    assert "order" in pairs.notes[1]
+    assert "1 predicted genes" in pairs.notes[1]
+    assert "order" in pairs.notes[2]
 
 
 def _extra_gene(adata):
@@ -36,7 +37,9 @@ def test_predicted_controls_and_training_conditions_are_not_looked_at(make, scre
     more = anndata.concat([make.cells(["control", "A"], seed=3), prediction], index_unique="-")
     pairs = Pairs.of(more, screen, split)
     assert all((x != y).nnz == 0 for x, y in zip(pairs.cells, plain.cells, strict=True))
-    assert pairs.notes == ("1 predicted conditions outside the test part are ignored",)
+    assert pairs.notes[1:] == ("1 predicted conditions outside the test part are ignored",)
+    assert not plain.controls
+    assert (pairs.controls[()] != more.X[:30]).nnz == 0  # but kept, to be looked at for drift
 
 
 def test_a_file_is_as_good_as_an_object(tmp_path, screen, split, prediction):
@@ -137,43 +140,101 @@ def test_a_prediction_of_another_total_is_brought_to_that_of_the_truth(make, cou
     scaled = counts.copy()
     values = counts.X.toarray()
     scaled.X = sp.csr_matrix(np.log1p(values / values.sum(1, keepdims=True) * 5000))
-    with pytest.raises(UserError, match="in log1p and the screen in counts"):
-        Pairs.of(scaled, screen, split)
     scaled.uns["knockon"] = {"units": "log1p", "total": 5000.0}
     pairs, plain = Pairs.of(scaled, screen, split), Pairs.of(counts, screen, split)
     np.testing.assert_allclose(pairs.cells[0].toarray(), plain.cells[0].toarray(), rtol=1e-4)
     assert "per 5000" in pairs.notes[-1]
+    assert "sum to that" not in pairs.notes[-1]
+    scaled.uns.clear()  # then all cells sum to it plainly
+    pairs = Pairs.of(scaled, screen, split)
+    np.testing.assert_allclose(pairs.cells[0].toarray(), plain.cells[0].toarray(), rtol=1e-4)
+    assert "sum to that" in pairs.notes[-1]
+
+
+def test_a_total_that_is_not_plain_is_asked_for(make, counted):
+    """Cells that lack a gene have no common sum, and copies of one cell have one that says nothing."""
+    screen, split = counted
+    values = as_counts(make.cells(["A+B"], seed=1)).X.toarray()
+    predicted = make.cells(["A+B"], seed=1)
+    predicted.X = sp.csr_matrix(np.log1p(values / values.sum(1, keepdims=True) * 5000))
+    fewer = predicted[:, 1:].copy()
+    copies = predicted.copy()
+    copies.X = sp.csr_matrix(np.tile(predicted.X.toarray().mean(0), (predicted.n_obs, 1)))
+    for unclear in (fewer, copies):
+        with pytest.raises(UserError, match=r"in log1p and the screen in counts.*--pred-total 10000"):
+            Pairs.of(unclear, screen, split)
+    told = Pairs.of(read(fewer, screen, Reading(total=5000)), screen, split)
+    plain = Pairs.of(predicted, screen, split)
+    np.testing.assert_allclose(told.cells[0].toarray()[:, 1:], plain.cells[0].toarray()[:, 1:], rtol=1e-4)
+    with pytest.raises(UserError, match="prediction in counts"):
+        read(as_counts(fewer), screen, Reading(total=5000))
+
+
+# ---- genes that are missing -------------------------------------------------------------------------
+
+
+def test_missing_genes_are_named_and_filled_with_what_is_worse(screen, split, prediction):
+    kept = [gene for gene in prediction.var_names if gene not in ("G3", "G38", "G39", "G7")]
+    pairs, plain = Pairs.of(prediction[:, kept].copy(), screen, split), Pairs.of(prediction, screen, split)
+    assert "lacks 4 of the screen's 40 genes" in pairs.notes[1]
+    assert pairs.notes[1].endswith("G3, G7, G38 and 1 more")
+    assert np.flatnonzero(~pairs.present).tolist() == [3, 7, 38, 39]
+    assert plain.present is None
+    truth = plain.truth
+    errors, whole = (np.abs(p.moments.mean - truth.moments.mean) for p in (pairs, plain))
+    np.testing.assert_allclose(errors[:, pairs.present], whole[:, pairs.present])
+    silent, unchanged = truth.moments.mean, np.abs(truth.control - truth.moments.mean)
+    worst = np.maximum(silent, unchanged)[:, ~pairs.present]
+    # real control cells are drawn for it, so that the mean is that of control but for sampling
+    assert (errors[:, ~pairs.present] > 0.7 * worst).all()
+    zero = silent >= unchanged
+    np.testing.assert_allclose(errors[zero & ~pairs.present], silent[zero & ~pairs.present])
+
+
+def test_no_gene_can_be_left_out_for_a_better_score(make, screen, split):
+    """A perfect prediction is never better for a missing gene, whichever it is."""
+    replicate = make.cells(["A+B", "B+C", "C+D"], cells=200, seed=5)
+    pairs = Pairs.of(replicate, screen, split)
+    error = np.square(pairs.moments.mean - pairs.truth.moments.mean).mean()
+    for gene in replicate.var_names:
+        fewer = Pairs.of(replicate[:, replicate.var_names != gene].copy(), screen, split)
+        assert np.square(fewer.moments.mean - pairs.truth.moments.mean).mean() > error, gene
+
+
+def test_counts_are_filled_like_their_logarithms(make, counted):
+    screen, split = counted
+    fewer = as_counts(make.cells(["A+B"], seed=1))[:, 5:].copy()
+    pairs = Pairs.of(fewer, screen, split)
+    assert pairs.counts is not None
+    filled = (pairs.counts[0][:, :5] > 0) != (pairs.cells[0][:, :5] > 0)
+    assert filled.nnz == 0
+    assert set(np.unique(pairs.counts[0].data % 1)) == {0.0}
+
+
+def test_names_of_another_kind_are_shown(screen, split, prediction):
+    prediction.var_names = [f"ENSG{i:011d}" for i in range(40)]
+    with pytest.raises(UserError, match=r"0 of the screen's 40 genes.*G0, G1, G2; found ENSG00000000000"):
+        Pairs.of(prediction, screen, split)
 
 
 # ---- bad input -------------------------------------------------------------------------------------
 
 
-def test_missing_genes_are_named(screen, split, prediction):
-    with pytest.raises(UserError, match=r"lacks 2 of the screen's 40 genes: G38, G39"):
-        Pairs.of(prediction[:, :38].copy(), screen, split)
-
-
 def test_genes_must_be_unique(screen, split, prediction):
     wider = anndata.concat([prediction, _extra_gene(prediction)], axis=1, merge="first")
     wider.var_names = [*prediction.var_names, "G0"]
-    with pytest.raises(UserError, match="twice: G0"):
+    with pytest.raises(UserError, match="Duplicate genes: G0"):
         Pairs.of(wider, screen, split)
 
 
 def test_unknown_and_missing_conditions_are_named(make, screen, split):
-    with pytest.raises(UserError, match=r"that the screen has not: A\+D"):
-        Pairs.of(make.cells(["A+B", "B+C", "C+D", "A+D"]), screen, split)
+    more = Pairs.of(make.cells(["A+B", "B+C", "C+D", "A+D"]), screen, split)
+    assert any("that the screen has not are ignored: A+D" in note for note in more.notes)
     partial = Pairs.of(make.cells(["B+C"]), screen, split)
     assert [str(label) for label in partial.truth.labels] == ["B+C"]
     assert any("lacks 2 test conditions: A+B, C+D" in note for note in partial.notes)
-    with pytest.raises(UserError, match=r"lacks all test conditions: A\+B, B\+C, C\+D"):
+    with pytest.raises(UserError, match=r"lacks all test conditions: A\+B, B\+C, C\+D.*found A"):
         Pairs.of(make.cells(["A"]), screen, split)
-
-
-def test_a_prediction_needs_the_perturbation_column(screen, split, prediction):
-    prediction.obs = prediction.obs.rename(columns={"perturbation": "condition"})
-    with pytest.raises(UserError, match=r"lacks: perturbation.*found condition"):
-        Pairs.of(prediction, screen, split)
 
 
 @pytest.mark.parametrize(("value", "message"), [(-1.0, "Negative"), (np.nan, "finite"), (np.inf, "finite")])

@@ -1,7 +1,8 @@
 """The columns of a screen: found by convention where nobody names them, parsed once per distinct value."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +107,79 @@ def recognize(obs: pd.DataFrame, genes: Collection[str], columns: Columns) -> De
     )
 
 
+def follow(
+    obs: pd.DataFrame,
+    columns: Columns,
+    *,
+    known: Collection[str],
+    covariates: Sequence[Covariate],
+    dosed: bool,
+) -> tuple[dict[Label, Int[np.ndarray, "cells"]], tuple[str, ...]]:
+    """Find what was done to cells that somebody predicted, in the words of a screen.
+
+    Unlike a screen, they need no control, and a context of which the screen has one level only need not be
+    told.
+
+    Parameters
+    ----------
+    obs
+        Of the predicted cells.
+    columns
+        Where to look; recognized without it, by the conventions of screens.
+    known
+        Names of genes and single perturbations of the screen.
+    covariates
+        Those of the screen.
+    dosed
+        Whether the screen has doses; otherwise no column tells one.
+
+    Returns
+    -------
+    tuple
+        Rows of each condition, and what was recognized rather than told.
+
+    Raises
+    ------
+    UserError
+        If a column is missing or says nothing for some cells, or a value cannot be read.
+    """
+    notes: list[str] = []
+    key = columns.perturbation_key or ("perturbation" if "perturbation" in obs.columns else None)
+    texts, text_codes = _levels(obs, _perturbation_column(obs, key, notes, "--pred-perturbation-key"))
+    flags = _control_flags(obs, [])
+    unmarked = set() if flags is None else set(text_codes[~flags].tolist())
+    marked = set() if flags is None else set(text_codes[flags].tolist()) - unmarked
+    controls = frozenset({texts[i] for i in marked} | ({columns.control} if columns.control else set()))
+    told = columns.dose_key if columns.dose_key in obs.columns else None
+    doses, dose_codes = read_doses(obs, told, notes) if dosed else ([""], np.zeros(len(obs), np.int64))
+    contexts = [_context(obs, covariate, notes) for covariate in covariates]
+    rows = defaultdict(list)
+    distinct, codes = _distinct(text_codes, dose_codes, *(levels for _, levels in contexts))
+    for code, (text, dose, *levels) in enumerate(distinct):
+        name, context = texts[text], [names[i] for (names, _), i in zip(contexts, levels, strict=True)]
+        is_control = name in controls or (name not in known and is_control_name(name))
+        parts = [] if is_control else read_parts(name, doses[dose], known=known, controls=controls)[0]
+        rows[label_of(parts, context)].append(np.flatnonzero(codes == code))
+    return {label: np.sort(np.concatenate(found)) for label, found in rows.items()}, tuple(notes)
+
+
+def _context(
+    obs: pd.DataFrame, covariate: Covariate, notes: list[str]
+) -> tuple[list[str], Int[np.ndarray, "cells"]]:
+    """Levels and codes of one covariate, which may go without saying."""
+    if covariate.name in obs.columns:
+        return _levels(obs, covariate.name)
+    if len(covariate.levels) == 1:
+        notes.append(f"all predicted cells are taken to be {covariate.name} {covariate.levels[0]}")
+        return list(covariate.levels), np.zeros(len(obs), dtype=np.int64)
+    raise UserError(
+        "Columns that obs of the prediction lacks",
+        offenders=[covariate.name],
+        expected=f"the context of each cell, as the screen has it; found {', '.join(map(str, obs.columns))}",
+        mend="add the column to the prediction, or read the screen with other --covariate-keys",
+    )
+
+
 def _refuse_second_control(conditions: Iterable[list[Piece]]) -> None:
     if any(part.name == CONTROL for parts in conditions for part in parts):
         raise UserError(
@@ -162,18 +236,20 @@ def _require(obs: pd.DataFrame, name: str, flag: str) -> str:
     return name
 
 
-def _perturbation_column(obs: pd.DataFrame, told: str | None, notes: list[str]) -> str:
+def _perturbation_column(
+    obs: pd.DataFrame, told: str | None, notes: list[str], option: str = "--perturbation-key"
+) -> str:
     if told is not None:
-        return _require(obs, told, "--perturbation-key")
+        return _require(obs, told, option)
     for name in PERTURBATION_COLUMNS:
         if name in obs.columns:
-            notes.append(f"perturbations are read from obs[{name!r}] (or --perturbation-key)")
+            notes.append(f"perturbations are read from obs[{name!r}] (or {option})")
             return name
     raise UserError(
         "No column of obs says what was done to the cells",
         offenders=[str(column) for column in obs.columns],
         expected="one of " + ", ".join(PERTURBATION_COLUMNS),
-        mend="name it with --perturbation-key COLUMN",
+        mend=f"name it with {option} COLUMN",
     )
 
 

@@ -4,6 +4,7 @@ Controls are listed in no part: they are always training cells, and what predict
 """
 
 import difflib
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import numpy as np
 
 from knockon.data.conventions import parse
 from knockon.data.screen import Screen
-from knockon.files import read_json, write_json
+from knockon.files import read_json, write_text
 from knockon.types import Label, UserError
 
 Part = Literal["train", "validation", "test"]
@@ -49,10 +50,15 @@ class Split:
 
     def write(self, path: str | Path) -> None:
         """Write as JSON; conditions are text, or objects where they have a context."""
+        write_text(Path(path), self.text)
+
+    @property
+    def text(self) -> str:
+        """What its file says, by whose digest runs and predictions know it."""
         parts = {part: [self.plain(label) for label in getattr(self, part)] for part in get_args(Part)}
         head = {"kind": self.kind, "seed": self.seed, "digest": self.digest}
         tail = {"covariates": list(self.covariates), "heldout": list(self.heldout)}
-        write_json(Path(path), {**head, **parts, **tail})
+        return json.dumps({**head, **parts, **tail}, indent=1) + "\n"
 
     def plain(self, label: Label) -> str | dict[str, str]:
         """Write a condition as text, or as an object where it has a context."""

@@ -1,6 +1,6 @@
 """The files that screens lie in: ``.h5ad`` and ``.zarr``, of which only what is needed is read."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,7 @@ class Stored:
     values: Matrix
 
 
-def load(path: Path, *, layer: str | None = None, backed: bool = False) -> Stored:
+def load(path: Path, *, layer: str | None = None, backed: bool = False, option: str = "--layer") -> Stored:
     """Read the tables and one matrix of a file; other layers and embeddings are left alone.
 
     Parameters
@@ -46,6 +46,8 @@ def load(path: Path, *, layer: str | None = None, backed: bool = False) -> Store
         Instead of ``X``.
     backed
         Leave the matrix on disk.
+    option
+        That chooses the layer, to be named in errors.
 
     Raises
     ------
@@ -54,17 +56,20 @@ def load(path: Path, *, layer: str | None = None, backed: bool = False) -> Store
     """
     store = _open(path)
     try:
-        obs, var = cast(pd.DataFrame, read_elem(store["obs"])), cast(pd.DataFrame, read_elem(store["var"]))
+        obs, var = _table(store, "obs"), _table(store, "var")
         layers = list(store["layers"]) if "layers" in store else []
     except Exception as error:  # damage shows itself as an error of any kind
         raise _unreadable(path, error) from error
-    choose_layer(layer, layers, has_x="X" in store)
+    choose_layer(layer, layers, has_x="X" in store, option=option)
     element = store["X"] if layer is None else store[f"layers/{layer}"]
     try:
         values = _lazy(element, path) if backed else _memory(element)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        shape = cast(tuple[int, int], values.shape)
+        if shape != (len(obs), len(var)):
+            raise ValueError(f"{shape[0]} x {shape[1]} values for {len(obs)} cells x {len(var)} genes")
+    except UserError:
+        raise
+    except Exception as error:  # damage shows itself as an error of any kind
         raise _unreadable(path, error) from error
     return Stored(obs=obs, genes=tuple(var.index.astype(str)), values=values)
 
@@ -79,28 +84,56 @@ def read_obs(path: Path) -> pd.DataFrame:
     """
     store = _open(path)
     try:
-        return cast(pd.DataFrame, read_elem(store["obs"]))
+        return _table(store, "obs")
     except Exception as error:  # damage shows itself as an error of any kind
         raise _unreadable(path, error) from error
 
 
-def choose_layer(layer: str | None, layers: Collection[str], *, has_x: bool) -> None:
+def read_about(path: Path) -> Mapping[str, object]:
+    """Read what knockon noted in a file that it wrote; nothing where somebody else wrote it.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged or something else.
+    """
+    store = _open(path)
+    try:
+        return about(read_elem(store["uns/knockon"]) if "uns/knockon" in store else None)
+    except Exception as error:  # damage shows itself as an error of any kind
+        raise _unreadable(path, error) from error
+
+
+def about(noted: object) -> Mapping[str, object]:
+    """``uns["knockon"]``, whatever a stranger may have put there."""
+    return noted if isinstance(noted, Mapping) else {}
+
+
+def _table(store: Any, name: str) -> pd.DataFrame:
+    found = read_elem(store[name])
+    if not isinstance(found, pd.DataFrame):
+        raise TypeError(f"{name} is a {type(found).__name__} and no table")
+    return found
+
+
+def choose_layer(layer: str | None, layers: Collection[str], *, has_x: bool, option: str = "--layer") -> None:
     """Refuse a layer that is not there, or ``X`` where it is missing."""
     if layer is not None and layer not in layers:
         raise UserError(
             "Missing layer",
             offenders=[layer],
             expected=f"one of {', '.join(layers) or 'none: the file has only X'}",
-            mend="--layer NAME, or nothing for X",
+            mend=f"{option} NAME, or nothing for X",
         )
     if layer is None and not has_x:
-        raise UserError("The file has no X", expected=f"a layer of {', '.join(layers)}", mend="--layer NAME")
+        there = ", ".join(layers) or "none: the file has no values at all"
+        raise UserError("The file has no X", expected=f"a layer of {there}", mend=f"{option} NAME")
 
 
 def _open(path: Path) -> Any:
     if not path.exists():
         raise UserError(
-            "No such file", offenders=[path], expected="a screen in .h5ad or .zarr", mend="check the path"
+            "No such file", offenders=[path], expected="cells in .h5ad or .zarr", mend="check the path"
         )
     try:
         return zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path, "r")
@@ -132,8 +165,14 @@ def _lazy(element: Any, path: Path) -> OnDisk:
 
 def _memory(element: Any) -> sp.csr_matrix:
     """Sparse float32; a dense matrix is never whole in memory."""
+    kind = (element if hasattr(element, "dtype") else element["data"]).dtype
+    if kind.kind not in "biuf":
+        raise ValueError(f"values of type {kind} and no numbers")
     if not isinstance(element, h5py.Dataset | zarr.Array):
-        return compressed(read_elem(element))
+        matrix: Any = read_elem(element)
+        if sp.issparse(matrix):
+            matrix.check_format(full_check=True)  # nothing else stands between a damaged index and memory
+        return compressed(matrix)
     starts = range(0, element.shape[0], BLOCK)
     parts = [compressed(np.asarray(element[start : start + BLOCK])) for start in starts]
     return (

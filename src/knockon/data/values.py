@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from knockon.types import Units, UserError
 
@@ -128,10 +128,16 @@ class Survey:
         self.negative += values[values < 0].tolist()
         self.largest = max(self.largest, float(values.max(initial=0, where=finite)))
         self.stored += int(np.count_nonzero(values))
-        fractions = _row_sums(block, finite & (values != np.rint(values)))
-        self.fractional += int((fractions > 0).sum())
-        self.whole += int(((fractions == 0) & (np.diff(block.indptr) >= EXPRESSED)).sum())
+        whole, fractional = kinds(block)
+        self.fractional += int(fractional.sum())
+        self.whole += int(whole.sum())
         self.totals.append(_row_sums(block, np.expm1(np.clip(values, 0, LARGEST_LOG1P))))
+
+
+def kinds(block: sp.csr_matrix) -> tuple[Bool[np.ndarray, "cells"], Bool[np.ndarray, "cells"]]:
+    """Tell cells of whole numbers only, of those that express at least ten genes, and cells of fractions."""
+    fractional = _row_sums(block, np.isfinite(block.data) & (block.data != np.rint(block.data))) > 0
+    return ~fractional & (np.diff(block.indptr) >= EXPRESSED), fractional
 
 
 def survey(matrix: Matrix) -> Survey:
@@ -142,7 +148,7 @@ def survey(matrix: Matrix) -> Survey:
     return found
 
 
-def scale(found: Survey, declared: Units | None = None) -> Scale:
+def scale(found: Survey, declared: Units | None = None, *, options: str = "--") -> Scale:
     """Judge the units of values by what all of them look like.
 
     Parameters
@@ -151,6 +157,8 @@ def scale(found: Survey, declared: Units | None = None) -> Scale:
         Of all cells.
     declared
         What the user says; a contradiction is an error.
+    options
+        What the options that mend it begin with, such as ``--pred-``.
 
     Raises
     ------
@@ -167,20 +175,20 @@ def scale(found: Survey, declared: Units | None = None) -> Scale:
                 what,
                 offenders=values,
                 expected="counts, or log1p of normalized counts",
-                mend="choose the layer that holds them with --layer",
+                mend=f"choose the layer that holds them with {options}layer",
             )
     if found.largest == 0:
-        raise UserError("All values are zero", expected="expression", mend="choose another --layer")
+        raise UserError("All values are zero", expected="expression", mend=f"choose another {options}layer")
     if found.fractional and found.whole:
         raise UserError(
             f"Some cells hold counts ({found.whole}) and others fractions ({found.fractional})",
             expected="one scale for all cells",
-            mend="bring all cells to one scale, or choose another --layer",
+            mend=f"bring all cells to one scale, or choose another {options}layer",
         )
     small = found.largest < LARGEST_LOG1P
     units: Units | None = "log1p" if found.fractional and small else None if found.fractional else "counts"
     if units is None or declared not in (None, units):
-        raise _contradiction(units, declared, found.largest)
+        raise _contradiction(units, declared, found.largest, options)
     return Scale(units=units, total=_common(found.totals) if units == "log1p" else None)
 
 
@@ -197,7 +205,7 @@ def _common(totals: Sequence[Float[np.ndarray, "_"]]) -> float | None:
     return float(f"{middle:.4g}") if shared.mean() > 0.99 else None
 
 
-def _contradiction(found: Units | None, declared: Units | None, largest: float) -> UserError:
+def _contradiction(found: Units | None, declared: Units | None, largest: float, options: str) -> UserError:
     what = {
         "counts": "whole numbers, so counts",
         "log1p": "fractions, as log1p of normalized counts is",
@@ -206,7 +214,7 @@ def _contradiction(found: Units | None, declared: Units | None, largest: float) 
     return UserError(
         f"The values are {what} (largest {largest:g})",
         expected=declared or f"whole numbers (counts), or values below {LARGEST_LOG1P:g} (log1p)",
-        mend=f"choose another --layer, or declare --units {found}"
+        mend=f"choose another {options}layer, or declare {options}units {found}"
         if found
-        else "choose another --layer, or take the logarithm: sc.pp.log1p(adata)",
+        else f"choose another {options}layer, or take the logarithm: sc.pp.log1p(adata)",
     )

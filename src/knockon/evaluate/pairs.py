@@ -1,23 +1,27 @@
 """Prediction and truth, aligned condition by condition and checked once, before anything is scored."""
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import anndata
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from knockon.data import conventions, values
+from knockon.data import values
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.evaluate.populations import Moments, exact, moments
-from knockon.evaluate.truth import Truth
-from knockon.types import Label, Units, UserError
+from knockon.data.values import Matrix
+from knockon.evaluate.populations import Moments, exact, moments, num_cells
+from knockon.evaluate.prediction import Prediction, read
+from knockon.evaluate.truth import Context, Truth
+from knockon.types import UserError
+
+FEWEST = 0.05
+"""Share of the screen's genes that a prediction must have: fewer, and the names are of another kind."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +36,11 @@ class Pairs:
         Predicted cells of each of its conditions.
     counts
         The same cells in counts, of a prediction in counts.
+    controls
+        Predicted control cells of each context, where there are any. No metric looks at them: both sides
+        refer to the real ones.
+    present
+        The genes that were predicted; None for all. The others were filled in, see ``align``.
     model
         What made them, where they tell.
     notes
@@ -41,6 +50,8 @@ class Pairs:
     truth: Truth
     cells: tuple[sp.csr_matrix, ...]
     counts: tuple[sp.csr_matrix, ...] | None = None
+    controls: Mapping[Context, sp.csr_matrix] = field(default_factory=dict)
+    present: Bool[np.ndarray, "genes"] | None = None
     model: str = "prediction"
     notes: tuple[str, ...] = ()
 
@@ -51,170 +62,161 @@ class Pairs:
         return replace(found, variance=np.nan_to_num(found.variance))
 
     @classmethod
-    def of(
-        cls, prediction: AnnData | str | Path, screen: Screen, split: Split, *, units: Units | None = None
-    ) -> "Pairs":
+    def of(cls, prediction: Prediction | AnnData | str | Path, screen: Screen, split: Split) -> "Pairs":
         """Align a prediction with the test part of a screen; see ``align``."""
-        return cls.align(prediction, Truth.of(screen, split), units=units)
+        found = prediction if isinstance(prediction, Prediction) else read(prediction, screen)
+        pairs = cls.align(found, Truth.of(found.prepare(screen), split))
+        return replace(pairs, notes=(*pairs.notes, *found.remarks(split)))
 
     @classmethod
-    def align(cls, prediction: AnnData | str | Path, truth: Truth, *, units: Units | None = None) -> "Pairs":
+    def align(cls, prediction: Prediction | AnnData | str | Path, truth: Truth) -> "Pairs":
         """Align a prediction with the truth.
 
-        Genes are put in order by name, further genes left out, and test conditions that the prediction
-        lacks not scored; each is noted. Predicted control
-        cells and conditions outside the test part are not looked at: scores refer to the real control
-        on both sides.
+        Genes are put in order by name and further genes left out. A gene that the prediction lacks counts as
+        wrong: in each condition it is taken as silenced (0 in all cells) or, where silence would be nearer
+        to the truth than no effect, as unchanged (values of real control cells). Test conditions that the
+        prediction lacks are not scored, and conditions outside the test part not looked at. All of that is
+        noted.
 
         Parameters
         ----------
         prediction
-            Cells or a file of them; ``obs`` has ``perturbation``, in any spelling that a screen may
-            have, and the screen's covariates.
+            Cells or a file of them; see ``prediction.read``, also for what is refused there.
         truth
             What it is scored against.
-        units
-            Scale of the prediction; by default what ``uns["knockon"]`` declares, else what it looks like.
 
         Raises
         ------
         UserError
-            If genes or all test conditions are missing, conditions are unknown, values are negative or not
-            finite, or the scale is not the screen's.
+            If hardly any gene or no test condition is in common, or the scale is not the screen's.
         """
-        adata = prediction if isinstance(prediction, AnnData) else read_prediction(Path(prediction))
-        columns, reordered = _columns(adata, truth.screen)
-        rows, ignored = _rows(pd.DataFrame(adata.obs), truth)
-        truth = truth.select(rows)
-        matrix, is_counts, rescaled = _matrix(adata, truth, units)
-        taken = [(rows[label], columns) for label in truth.labels]
-        counts = sp.csr_matrix(adata.X) if is_counts else None
+        found = prediction if isinstance(prediction, Prediction) else read(prediction, truth.source)
+        places, noted = _places(found, truth.screen)
+        outside = _outside(found, truth)
+        truth = truth.select(found.rows)
+        raw = _arranged(found.matrix, places)
+        matrix, scaled = _in_log1p(raw, found, truth)
+        absent = places < 0
+        rows = [found.rows[label] for label in truth.labels]
+        source = truth.source.matrix if truth.units == "counts" else None
         return cls(
             truth=truth,
-            cells=tuple(exact(matrix[some][:, genes]) for some, genes in taken),
-            counts=None if counts is None else tuple(exact(counts[some][:, genes]) for some, genes in taken),
-            model=str(adata.uns.get("knockon", {}).get("model", "prediction")),
-            notes=(*truth.notes, *reordered, *ignored, *rescaled),
+            cells=_filled([matrix[some] for some in rows], truth, absent, truth.screen.matrix),
+            counts=_filled([raw[some] for some in rows], truth, absent, source)
+            if found.units == "counts"
+            else None,
+            controls={x.covariates: exact(matrix[rows]) for x, rows in found.rows.items() if x.is_control},
+            present=~absent if absent.any() else None,
+            model=found.model,
+            notes=(*truth.notes, *found.notes, *noted, *outside, *scaled),
         )
 
 
-def read_prediction(path: Path) -> AnnData:
-    """Read a file of predicted cells.
-
-    Raises
-    ------
-    UserError
-        If it cannot be read.
-    """
-    if not path.exists():
-        raise UserError("No such file", offenders=[path], expected="predicted cells in .h5ad")
-    try:
-        return anndata.read_h5ad(path)
-    except Exception as error:
-        raise UserError(
-            f"Cannot read {path} ({(str(error).splitlines() or [type(error).__name__])[0]})",
-            expected="a whole .h5ad file, as anndata writes it",
-            mend="predict or download it again",
-        ) from error
-
-
-def _columns(adata: AnnData, screen: Screen) -> tuple[Int[np.ndarray, "genes"], list[str]]:
-    """Place of each gene of the screen in the prediction."""
-    names = [str(name) for name in adata.var_names]
-    place = {name: i for i, name in enumerate(names)}
+def _places(found: Prediction, screen: Screen) -> tuple[Int[np.ndarray, "genes"], list[str]]:
+    """Place of each gene of the screen in the prediction, -1 where it is missing."""
+    place = {name: i for i, name in enumerate(found.genes)}
+    places = np.array([place.get(gene, -1) for gene in screen.genes])
     missing = [gene for gene in screen.genes if gene not in place]
-    if missing:
+    shared = len(places) - len(missing)
+    if shared < max(1.0, FEWEST * len(places)):
         raise UserError(
-            f"The prediction lacks {len(missing)} of the screen's {len(screen.genes)} genes",
-            offenders=missing,
-            expected="the screen's var_names",
-            mend="predict all genes, or evaluate against the prepared screen that the model was given",
+            f"The prediction has {shared} of the screen's {len(places):,} genes",
+            expected=f"names such as {', '.join(screen.genes[:3])}; found {', '.join(found.genes[:3])}",
+            mend="write var_names as the screen has them (Ensembl ids and symbols are different names), or "
+            "evaluate against a screen of the genes that are predicted",
         )
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError("Genes that the prediction has twice", offenders=twice, expected="unique var_names")
-    columns = np.array([place[gene] for gene in screen.genes])
     notes = []
-    if len(names) > len(columns):
-        notes.append(f"{len(names) - len(columns)} predicted genes that the screen has not are left out")
-    if (np.diff(columns) < 0).any():
-        notes.append("predicted genes were put in the screen's order")
-    return columns, notes
-
-
-def _rows(obs: pd.DataFrame, truth: Truth) -> tuple[dict[Label, Int[np.ndarray, "cells"]], list[str]]:
-    """Predicted cells of each scored condition."""
-    screen = truth.screen
-    found = _labels(obs, screen)
-    unknown = sorted(label for label in found if not label.is_control and label not in screen.rows)
-    if unknown:
-        raise UserError(
-            "The prediction has conditions that the screen has not",
-            offenders=unknown,
-            expected=f"conditions such as {', '.join(map(str, screen.conditions[:3]))}",
-            mend="leave them out: there is nothing to score them against",
+    if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        notes.append(
+            f"the prediction lacks {len(missing):,} of the screen's {len(places):,} genes, which count as "
+            f"wrong (silenced or unchanged, whichever is worse): {named}"
         )
-    missing = [label for label in truth.labels if label not in found]
+    if len(found.genes) > shared:
+        notes.append(f"{len(found.genes) - shared:,} predicted genes that the screen has not are left out")
+    if (np.diff(places[places >= 0]) < 0).any():
+        notes.append("predicted genes were put in the screen's order")
+    return places, notes
+
+
+def _outside(found: Prediction, truth: Truth) -> list[str]:
+    """Name the test conditions that are missing, and what is not looked at."""
+    missing = [label for label in truth.labels if label not in found.rows]
     if len(missing) == len(truth.labels):
+        have = [str(label) for label in found.rows if not label.is_control][:3]
         raise UserError(
             "The prediction lacks all test conditions",
             offenders=missing,
-            expected="cells of them",
-            mend="predict them with knockon predict --part test",
+            expected=f"cells of them; found {', '.join(have) or 'control cells only'}",
+            mend="predict them with knockon predict --part test, or choose another --split",
         )
-    ignored = [label for label in found if not label.is_control and label not in set(truth.labels)]
-    notes = [f"{len(ignored)} predicted conditions outside the test part are ignored"] if ignored else []
+    tested = set(truth.labels)
+    others = [label for label in found.rows if not label.is_control and label not in tested]
+    unknown = [str(label) for label in others if label not in truth.screen.rows]
+    notes = []
+    if len(others) > len(unknown):
+        notes.append(f"{len(others) - len(unknown)} predicted conditions outside the test part are ignored")
+    if unknown:
+        named = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
+        notes.append(f"{len(unknown)} predicted conditions that the screen has not are ignored: {named}")
     if missing:
         named = ", ".join(str(label) for label in missing)
         notes.append(
             f"not comparable with others: the prediction lacks {len(missing)} test conditions: {named}"
         )
-    return found, notes
+    return notes
 
 
-def _labels(obs: pd.DataFrame, screen: Screen) -> dict[Label, Int[np.ndarray, "cells"]]:
-    """Predicted cells of each condition, whatever its spelling."""
-    keys = ["perturbation", *(covariate.name for covariate in screen.covariates)]
-    missing = [key for key in keys if key not in obs]
-    if missing:
+def _arranged(matrix: sp.csr_matrix, places: Int[np.ndarray, "genes"]) -> sp.csr_matrix:
+    """Put genes in the screen's order; what was not predicted is empty."""
+    there = np.flatnonzero(places >= 0)
+    chosen = sp.csr_matrix(matrix[:, places[there]])
+    chosen.sort_indices()
+    return sp.csr_matrix(
+        (chosen.data, there[chosen.indices], chosen.indptr), (num_cells(chosen), len(places))
+    )
+
+
+def _in_log1p(raw: sp.csr_matrix, found: Prediction, truth: Truth) -> tuple[sp.csr_matrix, list[str]]:
+    """Bring values to log1p of the truth's total."""
+    ours, theirs = truth.screen.total, found.total
+    if found.units == "counts" and ours is not None:
+        return values.log1p(raw, ours * (1.0 if truth.units == "counts" else found.share)), []
+    if found.units == "counts" or (truth.units == "counts" and theirs is None):
         raise UserError(
-            "Columns that obs of the prediction lacks",
-            offenders=missing,
-            expected=f"{', '.join(keys)}, as the screen has them; found {', '.join(map(str, obs.columns))}",
-            mend="rename the columns of the prediction",
+            f"The prediction is in {found.units} and the screen in {truth.units}",
+            expected="one scale for both, or log1p of a known total",
+            mend="--pred-total 10000, if that is what counts were normalized to before log1p"
+            if found.units == "log1p"
+            else "read the screen with the --layer that holds counts",
         )
-    known = {*screen.genes, *(name for label in screen.labels for name in label.perturbations)}
-    groups = obs[keys].astype(str).groupby(keys, sort=False).indices
-    rows = defaultdict(list)
-    for key, members in groups.items():
-        text, *context = key if isinstance(key, tuple) else (key,)
-        label = conventions.parse(str(text), known=known)
-        rows[replace(label, covariates=tuple(context))].append(members)
-    return {label: np.sort(np.concatenate(members)) for label, members in rows.items()}
+    if ours is None or theirs is None or np.isclose(ours, theirs, rtol=1e-3 if found.plain else 1e-6):
+        return raw, []
+    scaled = np.log1p(np.expm1(raw.data.astype(np.float64)) * (ours / theirs))
+    plain = ", as all its cells sum to that," if found.plain else ""
+    note = f"the prediction is log1p of counts per {theirs:g}{plain} and was brought to {ours:g}"
+    return sp.csr_matrix((scaled, raw.indices, raw.indptr), raw.shape), [note]
 
 
-def _matrix(adata: AnnData, truth: Truth, declared: Units | None) -> tuple[sp.csr_matrix, bool, list[str]]:
-    """Values of a prediction, checked and in log1p of the truth's total; and whether they were counts."""
-    if adata.X is None:
-        raise UserError("The prediction has no X", expected=f"values in {truth.units}")
-    about = adata.uns.get("knockon", {})
-    matrix = sp.csr_matrix(adata.X, copy=True)
-    units = values.scale(values.survey(matrix), declared or about.get("units")).units
-    ours, theirs = truth.screen.total, float(about.get("total", -1.0))
-    if units == "counts" and ours is not None:
-        share = 1.0 if truth.units == "counts" else float(about.get("share", 1.0))
-        totals = np.asarray(matrix.sum(axis=1)).ravel()
-        matrix.data = np.log1p(
-            matrix.data * np.repeat(share * ours / np.maximum(totals, 1.0), np.diff(matrix.indptr))
-        )
-        return matrix, True, []
-    if units == "counts" or (truth.units == "counts" and theirs <= 0):
-        raise UserError(
-            f"The prediction is in {units} and the screen in {truth.units}",
-            expected='one scale for both, or log1p with its total in uns["knockon"]["total"]',
-            mend="read the screen with the --layer that has the prediction's scale",
-        )
-    if ours is None or theirs <= 0 or np.isclose(ours, theirs, rtol=1e-6):
-        return matrix, False, []
-    matrix.data = np.log1p(np.expm1(matrix.data.astype(np.float64)) * (ours / theirs))
-    return matrix, False, [f"the prediction is log1p of counts per {theirs:g} and was brought to {ours:g}"]
+def _filled(
+    cells: Sequence[sp.csr_matrix], truth: Truth, absent: Bool[np.ndarray, "genes"], source: Matrix | None
+) -> tuple[sp.csr_matrix, ...]:
+    """Cells of each condition, in which genes that were not predicted are silenced or unchanged.
+
+    Parameters
+    ----------
+    source
+        Has the control cells whose values are taken; None where there are none in these units.
+    """
+    if source is None or not absent.any():
+        return tuple(exact(some) for some in cells)
+    filled = []
+    for some, label, real, control in zip(
+        cells, truth.labels, truth.moments.mean, truth.control, strict=True
+    ):
+        unchanged = absent & (np.abs(real - control) > real)
+        rows, count = truth.screen.control_rows(label), num_cells(some)
+        rng = np.random.default_rng(zlib.crc32(str(label).encode()))
+        drawn = rng.choice(rows, count, replace=count > len(rows))
+        filled.append(exact(some + sp.csr_matrix(source[drawn]) @ sp.diags(unchanged.astype(np.float64))))
+    return tuple(filled)

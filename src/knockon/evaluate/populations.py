@@ -21,6 +21,12 @@ def num_cells(cells: sp.csr_matrix) -> int:
     return len(cells.indptr) - 1
 
 
+def num_distinct(cells: sp.csr_matrix) -> int:
+    """Rows that differ from all before them; indices are sorted."""
+    bounds = zip(cells.indptr[:-1], cells.indptr[1:], strict=True)
+    return len({(cells.indices[a:b].tobytes(), cells.data[a:b].tobytes()) for a, b in bounds})
+
+
 def exact(cells: sp.csr_matrix) -> sp.csr_matrix:
     """Cells in float64, without stored zeros."""
     cells = sp.csr_matrix(cells, dtype=np.float64)

@@ -9,17 +9,17 @@ import pandas as pd
 from anndata import AnnData
 
 from knockon import models
-from knockon.data import prepare
-from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.evaluate.pairs import Pairs, read_prediction
+from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import mean, num_cells
+from knockon.evaluate.prediction import Prediction, read
 from knockon.evaluate.suites import Asked, metric_named, score
 from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.evaluate.truth import Truth
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import generate
+from knockon.types import Units
 
 log = logging.getLogger("knockon")
 
@@ -28,11 +28,12 @@ HALVINGS = 5
 
 
 def evaluate(
-    prediction: AnnData | str | Path,
+    prediction: Prediction | AnnData | str | Path,
     screen: Screen,
-    split: Split,
+    split: Split | None = None,
     *,
     suite: Asked = "core",
+    units: Units | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Score predicted cells, and beside them the anchors by which to read their scores.
@@ -40,10 +41,13 @@ def evaluate(
     Parameters
     ----------
     prediction
-        See ``Pairs.align``. It is called by its model where that is told and no anchor,
-        else ``prediction``. Where its run had chosen genes, those are scored.
+        Cells, a file of them, or what ``prediction.read`` made of either. It is called by its model where
+        that is told and no anchor, else ``prediction``. Where its run had chosen genes, those are scored.
     split
-        Its test conditions are scored.
+        Its test conditions are scored; without one, all predicted conditions, and the others are what
+        training may have seen.
+    units
+        Scale of the prediction; by default what it declares, else what it looks like.
     seed
         Of the baselines' cells and of the halves of the ceiling.
 
@@ -52,24 +56,18 @@ def evaluate(
     DataFrame
         Long, with the columns ``model, condition, metric, value``; ``summarize`` makes it short.
     """
-    adata = prediction if isinstance(prediction, AnnData) else read_prediction(Path(prediction))
-    pairs = Pairs.of(adata, _as_prepared(screen, adata), split)
+    found = prediction if isinstance(prediction, Prediction) else read(prediction, screen, units=units)
+    split = split or found.split(screen)
+    return judge(Pairs.of(found, screen, split), split, suite, seed=seed)
+
+
+def judge(pairs: Pairs, split: Split, suite: Asked = "core", *, seed: int = 0) -> pd.DataFrame:
+    """Score aligned cells beside the anchors, and say how they were aligned; see ``evaluate``."""
     for note in pairs.notes:
         log.info(note)
     name = pairs.model if pairs.model not in (*BASELINES, CEILING) else "prediction"
     scores = score(pairs, suite).assign(model=name)
     return _ordered(scores, anchors(pairs.truth, split, suite, seed=seed))
-
-
-def _as_prepared(screen: Screen, prediction: AnnData) -> Screen:
-    """Prepare a screen as the run that made a prediction did, where that run had chosen genes."""
-    about = prediction.uns.get("knockon", {})
-    if not about.get("panel"):
-        return screen
-    genes = tuple(str(name) for name in prediction.var_names)
-    log.info("scored on the %d of %d genes that the run had chosen", len(genes), len(screen.genes))
-    total = float(about["total"]) if (screen.units, about["units"]) == ("counts", "log1p") else None
-    return prepare.apply(screen, Preparation(units=about["units"], total=total, genes=genes))
 
 
 def anchors(

@@ -23,7 +23,6 @@ from knockon.data.conventions import Columns
 from knockon.evaluate import report, scores, suites, tables
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.prediction import Reading, read
-from knockon.evaluate.summary import summarize
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
@@ -169,9 +168,9 @@ class Evaluate(Command):
     split: str | None = None
     """A kind of split, or a .json; its test conditions are scored. Without it, all predicted ones are."""
     out: Path | None = None
-    """Folder for scores.csv, summary.csv and flags.csv; without it, they are only printed."""
-    suite: suites.Name = "core"
-    """Which metrics, by which conventions."""
+    """Folder for the tables; without it, means are only printed."""
+    suite: tuple[suites.Name, ...] = ("core",)
+    """Which metrics, by which conventions; several may be named."""
     seed: int = 0
     """Seed of the halves of the ceiling and of the baselines' cells."""
     pred_perturbation_key: str | None = None
@@ -196,8 +195,8 @@ class Evaluate(Command):
         found = read(self.pred, screen, reading)
         split = splits.make(self.split, screen) if self.split else found.split(screen)
         pairs = Pairs.of(found, screen, split)
-        long = scores.judge(pairs, split, self.suite, seed=self.seed)
-        _table(tables.write(long, self.out) if self.out else summarize(long))
+        verdict = scores.judge(pairs, split, self.suite, seed=self.seed)
+        _table(verdict.write(self.out) if self.out else verdict.summary)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from knockon.evaluate.prediction import Prediction, read
 from knockon.evaluate.suites import Asked, metric_named, score
 from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.evaluate.truth import Truth
+from knockon.evaluate.verdict import Verdict
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import generate
 from knockon.types import Units
@@ -58,16 +59,17 @@ def evaluate(
     """
     found = prediction if isinstance(prediction, Prediction) else read(prediction, screen, units=units)
     split = split or found.split(screen)
-    return judge(Pairs.of(found, screen, split), split, suite, seed=seed)
+    return judge(Pairs.of(found, screen, split), split, suite, seed=seed).scores
 
 
-def judge(pairs: Pairs, split: Split, suite: Asked = "core", *, seed: int = 0) -> pd.DataFrame:
+def judge(pairs: Pairs, split: Split, suite: Asked = "core", *, seed: int = 0) -> Verdict:
     """Score aligned cells beside the anchors, and say how they were aligned; see ``evaluate``."""
     for note in pairs.notes:
         log.info(note)
     name = pairs.model if pairs.model not in (*BASELINES, CEILING) else "prediction"
     scores = score(pairs, suite).assign(model=name)
-    return _ordered(scores, anchors(pairs.truth, split, suite, seed=seed))
+    scores = _ordered(scores, anchors(pairs.truth, split, suite, seed=seed))
+    return Verdict(scores=scores, truth=pairs.truth, split=split, suite=suite)
 
 
 def anchors(

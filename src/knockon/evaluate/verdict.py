@@ -9,6 +9,8 @@ from knockon.data.splits import Split
 from knockon.evaluate import tables
 from knockon.evaluate.strata import stratify
 from knockon.evaluate.suites import Asked, chosen
+from knockon.evaluate.summary import summarize
+from knockon.evaluate.systema import systematic_variation
 from knockon.evaluate.truth import Truth
 from knockon.files import write_json, write_text
 from knockon.record import versions
@@ -32,6 +34,11 @@ class Verdict:
     truth: Truth
     split: Split
     suite: Asked
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """Means over conditions between their anchors; see ``summarize``."""
+        return summarize(self.scores)
 
     def write(self, folder: Path) -> pd.DataFrame:
         """Write all tables and ``about.json``, and return the summary."""
@@ -58,6 +65,7 @@ class Verdict:
                 "seed": self.split.seed,
                 **{part: len(getattr(self.split, part)) for part in ("train", "validation", "test")},
             },
+            "systematic_variation": systematic_variation(self.truth),
             "suites": [suite.name for suite in suites],
             "metrics": {
                 metric.name: {"better": metric.direction, "about": metric.about, "how": metric.how}

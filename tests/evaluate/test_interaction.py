@@ -228,13 +228,13 @@ def test_a_class_needs_the_direction_where_nothing_was_expected():
     assert interaction_class(0 * real, real, expected, called) == -1  # right in none
 
 
-def test_detection_is_in_units_of_the_sampling_error():
-    predicted = np.array([[-0.4, 0.5, 0.5]])
-    error, called = np.array([[0.1, 1.0, 1.0]]), np.array([[True, False, False]])
-    assert interaction_ap(predicted, error, called) == 1
-    assert interaction_auroc(predicted, error, called) == 1
-    assert interaction_ap(0 * predicted, error, called) == pytest.approx(1 / 3)
-    assert interaction_auroc(0 * predicted, error, called) == 0.5
+def test_detection_is_in_units_of_the_sampling_errors():
+    predicted, called = np.array([[-0.4, 0.5, 0.5]]), np.array([[True, False, False]])
+    error, doubt = np.array([[0.1, 1.0, 0.0]]), np.array([[0.0, 0.0, 1.0]])
+    for find, chance in ((interaction_ap, 1 / 3), (interaction_auroc, 0.5)):
+        assert find(predicted, error, doubt, called) == 1
+        assert find(0 * predicted, error, doubt, called) == pytest.approx(chance)
+        assert find(0 * predicted, 0 * error, 0 * doubt, called) == pytest.approx(chance)
 
 
 def test_cosine_is_of_the_called_genes_and_about_zero():
@@ -254,8 +254,8 @@ def test_what_the_real_cells_cannot_tell_is_missing():
     real, none = np.array([[0.2, 0.1, np.nan]]), np.zeros((1, 3), dtype=bool)
     for value in (
         interaction_cosine(real, real, none),
-        interaction_ap(real, real, none),
-        interaction_auroc(real, real, none),
+        interaction_ap(real, real, real, none),
+        interaction_auroc(real, real, real, none),
         interaction_class(real, real, real, none),
         interaction_size(real, real, none),
         interaction_class(np.ones((1, 3)), np.ones((1, 3)), np.ones((1, 3)), ~none),  # one class alone

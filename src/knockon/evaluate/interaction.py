@@ -61,6 +61,8 @@ class Evidence:
         Sum of the real changes under the two singles.
     error
         Sampling error of ``real``, a standard deviation.
+    doubt
+        That of the mean of the predicted cells.
     called
         Whether a gene is really non-additive; nowhere in conditions that are not scored.
     """
@@ -69,6 +71,7 @@ class Evidence:
     real: Means
     expected: Means
     error: Means
+    doubt: Means
     called: Calls
 
 
@@ -87,32 +90,36 @@ def interaction_cosine(predicted: Means, real: Means, called: Calls) -> Values:
     return np.where(called.any(axis=1), cosine, np.nan)
 
 
-def interaction_ap(predicted: Means, error: Means, called: Calls) -> Values:
+def interaction_ap(predicted: Means, error: Means, doubt: Means, called: Calls) -> Values:
     """Average precision of predicted residuals in finding the really non-additive genes.
 
-    Genes are ranked by the size of the predicted residual in units of the sampling error of the real one,
-    without which genes that vary much would be found by chance. Chance is the share of such genes; NaN
-    where there are none.
+    Genes are ranked by the size of the predicted residual in units of the sampling errors of the real one
+    and of the predicted cells, without which genes that vary much would be found by chance. Chance is the
+    share of really non-additive genes; NaN where there are none.
     """
     from sklearn.metrics import average_precision_score  # noqa: PLC0415 (a second)
 
-    return _detection(average_precision_score, predicted, error, called)
+    return _detection(average_precision_score, np.abs(predicted) / _at_least(error, doubt), called)
 
 
-def interaction_auroc(predicted: Means, error: Means, called: Calls) -> Values:
+def interaction_auroc(predicted: Means, error: Means, doubt: Means, called: Calls) -> Values:
     """Area under the ROC curve of predicted residuals in finding the really non-additive genes.
 
     Ranked as for ``interaction_ap``. 1 is best and .5 chance, however many such genes there are.
     """
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415 (a second)
 
-    return _detection(roc_auc_score, predicted, error, called)
+    return _detection(roc_auc_score, np.abs(predicted) / _at_least(error, doubt), called)
 
 
-def _detection(area: Callable[..., float], predicted: Means, error: Means, called: Calls) -> Values:
+def _at_least(error: Means, doubt: Means) -> Means:
+    return np.maximum(np.hypot(error, doubt), FLAT)
+
+
+def _detection(area: Callable[..., float], scores: Means, called: Calls) -> Values:
     values = np.full(len(called), np.nan)
     for row in np.flatnonzero(called.any(axis=1) & ~called.all(axis=1)):
-        values[row] = area(called[row], np.abs(predicted[row]) / np.maximum(error[row], FLAT))
+        values[row] = area(called[row], scores[row])
     return values
 
 
@@ -172,8 +179,15 @@ def gather(pairs: Pairs, cells: int) -> Evidence:  # noqa: ARG001 (means are of 
     error = np.sqrt(truth.moments.variance / counts + variance)
     called = np.zeros(real.shape, dtype=bool)
     called[rows] = non_additive(real[rows], error[rows])
-    predicted = pairs.moments.mean - truth.control - expected
-    return Evidence(predicted=predicted, real=real, expected=expected, error=error, called=called)
+    predicted = pairs.moments
+    return Evidence(
+        predicted=predicted.mean - truth.control - expected,
+        real=real,
+        expected=expected,
+        error=error,
+        doubt=np.sqrt(predicted.variance / np.array([num_cells(x) for x in pairs.cells])[:, None]),
+        called=called,
+    )
 
 
 def _scored(truth: Truth) -> list[int]:
@@ -269,11 +283,11 @@ METRICS = (
     ),
     Metric(
         *("interaction_ap", interaction_ap, "higher", 1.0, "none"),
-        how=f"|residual| / sampling error; finds {CALLED}; chance is their share",
+        how=f"|residual| / sampling errors; finds {CALLED}; chance is their share",
     ),
     Metric(
         *("interaction_auroc", interaction_auroc, "higher", 1.0, "none"),
-        how=f"|residual| / sampling error; finds {CALLED}; chance .5",
+        how=f"|residual| / sampling errors; finds {CALLED}; chance .5",
     ),
     Metric(
         *("interaction_class", interaction_class, "higher", 1.0, "none"),

@@ -194,14 +194,15 @@ def test_classes_of_residuals():
     ]
 
 
-def test_a_call_needs_size_and_significance_and_company():
-    residual = np.array([[0.05, 0.5, -0.5, 0.0, 0.3, *np.repeat([0.4, 0.0], (4, 20))]])
-    error = np.array([[0.001, 1.0, 0.1, 0.0, np.nan, *np.repeat([0.05, 1.0], (4, 20))]])
-    wanted = [False, False, True, False, False, *np.repeat([True, False], (4, 20))]
-    assert non_additive(residual, error)[0].tolist() == wanted
-    residual[0, 8] = 0
-    assert not non_additive(residual, error).any()
-    assert not non_additive(residual, np.full_like(error, np.nan)).any()
+def test_a_call_needs_size_significance_and_company():
+    residual = np.array([[0.05, 0.5, -0.5, 0.9, *np.repeat([0.4, 0.0], (4, 20))]])
+    error = np.array([[0.001, 1.0, 0.1, np.nan, *np.repeat([0.05, 1.0], (4, 20))]])
+    tested = np.arange(28)[None] != 3
+    wanted = [False, False, True, False, *np.repeat([True, False], (4, 20))]
+    assert non_additive(residual, error, tested)[0].tolist() == wanted
+    assert not non_additive(residual, error, np.zeros_like(tested)).any()
+    residual[0, 7] = 0
+    assert not non_additive(residual, error, tested).any()
 
 
 def test_class_is_balanced_accuracy_above_chance(draw):
@@ -228,13 +229,14 @@ def test_a_class_needs_the_direction_where_nothing_was_expected():
     assert interaction_class(0 * real, real, expected, called) == -1  # right in none
 
 
-def test_detection_is_in_units_of_the_sampling_errors():
-    predicted, called = np.array([[-0.4, 0.5, 0.5]]), np.array([[True, False, False]])
-    error, doubt = np.array([[0.1, 1.0, 0.0]]), np.array([[0.0, 0.0, 1.0]])
+def test_detection_is_of_tested_genes_in_units_of_the_sampling_errors():
+    predicted, called = np.array([[-0.4, 0.5, 0.5, 9.0]]), np.array([[True, False, False, False]])
+    error, doubt = np.array([[0.1, 1.0, 0.0, 0.1]]), np.array([[0.0, 0.0, 1.0, 0.0]])
+    tested = np.array([[True, True, True, False]])
     for find, chance in ((interaction_ap, 1 / 3), (interaction_auroc, 0.5)):
-        assert find(predicted, error, doubt, called) == 1
-        assert find(0 * predicted, error, doubt, called) == pytest.approx(chance)
-        assert find(0 * predicted, 0 * error, 0 * doubt, called) == pytest.approx(chance)
+        assert find(predicted, error, doubt, tested, called) == 1
+        assert find(0 * predicted, error, doubt, tested, called) == pytest.approx(chance)
+        assert find(0 * predicted, 0 * error, 0 * doubt, tested, called) == pytest.approx(chance)
 
 
 def test_cosine_is_of_the_called_genes_and_about_zero():
@@ -254,8 +256,9 @@ def test_what_the_real_cells_cannot_tell_is_missing():
     real, none = np.array([[0.2, 0.1, np.nan]]), np.zeros((1, 3), dtype=bool)
     for value in (
         interaction_cosine(real, real, none),
-        interaction_ap(real, real, real, none),
-        interaction_auroc(real, real, real, none),
+        interaction_ap(real, real, real, ~none, none),
+        interaction_auroc(real, real, real, ~none, none),
+        interaction_auroc(real, real, real, ~none, ~none),
         interaction_class(real, real, real, none),
         interaction_size(real, real, none),
         interaction_class(np.ones((1, 3)), np.ones((1, 3)), np.ones((1, 3)), ~none),  # one class alone
@@ -269,6 +272,23 @@ def test_what_the_real_cells_cannot_tell_is_missing():
 def test_the_tuple_only_needs_what_evidence_has():
     assert [metric.name for metric in METRICS] == NAMES.split()
     assert all(set(metric.needs) <= set(Evidence.__dataclass_fields__) and metric.how for metric in METRICS)
+
+
+def test_genes_that_nobody_expresses_are_not_tested(make):
+    cells = world(planted=True)
+    cells.X = cells.X.multiply(np.arange(GENES) > 100).tocsr()
+    screen = make.screen(cells)
+    truth = Truth.of(screen, make.split(screen, lambda label: len(label.perturbations) == 2))
+    found = gather(Pairs(truth=truth, cells=truth.cells), 0)
+    assert found.tested.tolist() == [(np.arange(GENES) > 100).tolist()] * 3
+
+
+def test_a_double_of_one_cell_has_nothing_to_find(make):
+    lonely = world(planted=True)[: 6 * CELLS + 1].copy()
+    screen = make.screen(lonely)
+    truth = Truth.of(screen, make.split(screen, lambda label: len(label.perturbations) == 2))
+    found = gather(Pairs(truth=truth, cells=truth.cells), 0)
+    assert found.called.any(axis=1).tolist() == [True, True, False]
 
 
 def test_only_doubles_with_both_singles_in_training_are_scored(make):

@@ -5,9 +5,10 @@ the same context. Conventions [ahlmann2025]. Space and means: those of ``core``,
 Expected change: the sum of the changes of the two *real* singles; all changes are against the *real* control
 of the context, on both sides. Residual: change less expected change. Sampling error of the real residual:
 root of the summed variances of the means of its four populations (double, two singles, control).
-Really non-additive genes: those whose real residual is at least .1, and significant by a two-sided normal
-test against its sampling error with a false discovery rate of .05 within the double [benjamini1995]; a double
-with fewer than 5 of them has none.
+Tested genes: those whose mean is at least .1 in one of the four; rarer ones can hardly have a residual of
+that size. Really non-additive genes: tested ones whose real residual is at least .1, and significant by a
+two-sided normal test against its sampling error with a false discovery rate of .05 within the double
+[benjamini1995]; a double with fewer than 5 of them has none. Detection: among tested genes.
 Classes: ``synergy``, the residual points where the expected change does, or nothing was expected (a change
 below .1); ``opposite``, it points the other way and so far that the change is reversed, by at least .1;
 ``buffering``, it points the other way and is neither.
@@ -21,11 +22,12 @@ cells leaves, and scores about chance; no change predicts a residual, that the s
 genes: read all of these between floor and ceiling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from jaxtyping import Bool, Int
 from scipy.stats import false_discovery_control, norm
 
@@ -63,8 +65,9 @@ class Evidence:
         Sampling error of ``real``, a standard deviation.
     doubt
         That of the mean of the predicted cells.
-    called
-        Whether a gene is really non-additive; nowhere in conditions that are not scored.
+    tested, called
+        Whether a gene is tested, and whether it is really non-additive; none is in conditions that are not
+        scored.
     """
 
     predicted: Means
@@ -72,6 +75,7 @@ class Evidence:
     expected: Means
     error: Means
     doubt: Means
+    tested: Calls
     called: Calls
 
 
@@ -90,36 +94,36 @@ def interaction_cosine(predicted: Means, real: Means, called: Calls) -> Values:
     return np.where(called.any(axis=1), cosine, np.nan)
 
 
-def interaction_ap(predicted: Means, error: Means, doubt: Means, called: Calls) -> Values:
+def interaction_ap(predicted: Means, error: Means, doubt: Means, tested: Calls, called: Calls) -> Values:
     """Average precision of predicted residuals in finding the really non-additive genes.
 
-    Genes are ranked by the size of the predicted residual in units of the sampling errors of the real one
-    and of the predicted cells, without which genes that vary much would be found by chance. Chance is the
-    share of really non-additive genes; NaN where there are none.
+    Tested genes are ranked by the size of the predicted residual in units of the sampling errors of the real
+    one and of the predicted cells, without which genes that vary much would be found by chance. Chance is
+    the share of tested genes that are really non-additive; NaN where none or all are.
     """
     from sklearn.metrics import average_precision_score  # noqa: PLC0415 (a second)
 
-    return _detection(average_precision_score, np.abs(predicted) / _at_least(error, doubt), called)
+    return _detection(average_precision_score, _surprise(predicted, error, doubt), tested, called)
 
 
-def interaction_auroc(predicted: Means, error: Means, doubt: Means, called: Calls) -> Values:
+def interaction_auroc(predicted: Means, error: Means, doubt: Means, tested: Calls, called: Calls) -> Values:
     """Area under the ROC curve of predicted residuals in finding the really non-additive genes.
 
     Ranked as for ``interaction_ap``. 1 is best and .5 chance, however many such genes there are.
     """
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415 (a second)
 
-    return _detection(roc_auc_score, np.abs(predicted) / _at_least(error, doubt), called)
+    return _detection(roc_auc_score, _surprise(predicted, error, doubt), tested, called)
 
 
-def _at_least(error: Means, doubt: Means) -> Means:
-    return np.maximum(np.hypot(error, doubt), FLAT)
+def _surprise(predicted: Means, error: Means, doubt: Means) -> Means:
+    return np.abs(predicted) / np.maximum(np.hypot(error, doubt), FLAT)
 
 
-def _detection(area: Callable[..., float], scores: Means, called: Calls) -> Values:
+def _detection(area: Callable[..., float], scores: Means, tested: Calls, called: Calls) -> Values:
     values = np.full(len(called), np.nan)
-    for row in np.flatnonzero(called.any(axis=1) & ~called.all(axis=1)):
-        values[row] = area(called[row], scores[row])
+    for row in np.flatnonzero(called.any(axis=1) & (tested & ~called).any(axis=1)):
+        values[row] = area(called[row, tested[row]], scores[row, tested[row]])
     return values
 
 
@@ -171,23 +175,26 @@ def gather(pairs: Pairs, cells: int) -> Evidence:  # noqa: ARG001 (means are of 
         If no scored condition is a double with both singles in training.
     """
     truth = pairs.truth
-    rows = _scored(truth)
-    expected, variance = np.full((2, *truth.control.shape), np.nan)
-    expected[rows], variance[rows] = _additive(truth, rows)
-    counts = np.array([num_cells(x) for x in truth.cells])[:, None]
-    real = truth.moments.mean - truth.control - expected
-    error = np.sqrt(truth.moments.variance / counts + variance)
-    called = np.zeros(real.shape, dtype=bool)
-    called[rows] = non_additive(real[rows], error[rows])
-    predicted = pairs.moments
+    rows, size = _scored(truth), truth.control.shape
+    expected, variance, highest = np.full((3, *size), np.nan)
+    expected[rows], variance[rows], highest[rows] = _from_parts(truth, rows)
+    measured, predicted = truth.moments, pairs.moments
+    real = measured.mean - truth.control - expected
+    error = np.sqrt(measured.variance / _counts(truth.cells) + variance)
+    tested = (np.fmax(highest, measured.mean) >= SIZE) & (error > 0)
     return Evidence(
         predicted=predicted.mean - truth.control - expected,
         real=real,
         expected=expected,
         error=error,
-        doubt=np.sqrt(predicted.variance / np.array([num_cells(x) for x in pairs.cells])[:, None]),
-        called=called,
+        doubt=np.sqrt(predicted.variance / _counts(pairs.cells)),
+        tested=tested,
+        called=non_additive(real, error, tested),
     )
+
+
+def _counts(populations: Iterable[sp.csr_matrix]) -> Int[np.ndarray, "conditions 1"]:
+    return np.array([num_cells(cells) for cells in populations])[:, None]
 
 
 def _scored(truth: Truth) -> list[int]:
@@ -208,39 +215,37 @@ def _scored(truth: Truth) -> list[int]:
     return rows
 
 
-def _additive(truth: Truth, rows: list[int]) -> tuple[Means, Means]:
-    """Sum of the changes under the singles, and the variance by sampling of what it takes from a double."""
-    needed = {part for row in rows for part in _parts(truth.labels[row])}
-    measured = {part: truth.population(part) for part in sorted(needed)}
-    found = moments(list(measured.values()))
-    counts = np.array([num_cells(cells) for cells in measured.values()])[:, None]
-    means = dict(zip(measured, found.mean, strict=True))
-    variances = dict(zip(measured, found.variance / counts, strict=True))
-    expected = [means[a] + means[b] - 2 * means[control] for a, b, control in map(_parts, _at(truth, rows))]
-    variance = [sum(variances[part] for part in _parts(label)) for label in _at(truth, rows)]
-    return np.stack(expected), np.stack(variance)
+def _from_parts(truth: Truth, rows: list[int]) -> tuple[Means, Means, Means]:
+    """Find what the singles and the control of doubles give.
+
+    Returns
+    -------
+    The sum of the changes under the singles, the sum of the sampling variances of the three means, and the
+    highest of the three.
+    """
+    parts = [(*singles(label), label.control()) for label in _at(truth, rows)]
+    each = sorted({part for three in parts for part in three})
+    populations = [truth.population(part) for part in each]
+    found = moments(populations)
+    place = np.array([[each.index(part) for part in three] for three in parts])
+    means, variances = found.mean[place], (found.variance / _counts(populations))[place]
+    return means[:, 0] + means[:, 1] - 2 * means[:, 2], variances.sum(axis=1), means.max(axis=1)
 
 
 def _at(truth: Truth, rows: list[int]) -> list[Label]:
     return [truth.labels[row] for row in rows]
 
 
-def _parts(label: Label) -> list[Label]:
-    return [*singles(label), label.control()]
-
-
-def non_additive(residual: Means, error: Means) -> Calls:
+def non_additive(residual: Means, error: Means, tested: Calls) -> Calls:
     """Call the genes whose real residual is at least ``SIZE`` and significant at ``RATE`` in their row.
 
     A row of fewer than ``LEAST`` has none.
     """
     called = np.zeros(residual.shape, dtype=bool)
-    for row, tested in enumerate(
-        error > 0
-    ):  # not genes that no cell expresses, nor where one cell was measured
-        if tested.any():
-            p = 2 * norm.sf(np.abs(residual[row, tested]) / error[row, tested])
-            called[row, tested] = false_discovery_control(p) <= RATE
+    for row, genes in enumerate(tested):
+        if genes.any():
+            p = 2 * norm.sf(np.abs(residual[row, genes]) / error[row, genes])
+            called[row, genes] = false_discovery_control(p) <= RATE
     called &= np.abs(residual) >= SIZE
     return called & (called.sum(axis=1, keepdims=True) >= LEAST)
 
@@ -274,7 +279,7 @@ def table(pairs: Pairs) -> pd.DataFrame:
     )
 
 
-CALLED = f"genes with a real residual of at least {SIZE:g} log1p and a false discovery rate of {RATE:g}"
+CALLED = f"genes with |real residual| >= {SIZE:g} log1p and a false discovery rate of {RATE:g}"
 
 METRICS = (
     Metric(
@@ -283,7 +288,7 @@ METRICS = (
     ),
     Metric(
         *("interaction_ap", interaction_ap, "higher", 1.0, "none"),
-        how=f"|residual| / sampling errors; finds {CALLED}; chance is their share",
+        how=f"|residual| / sampling errors; finds {CALLED}; chance is their share of tested genes",
     ),
     Metric(
         *("interaction_auroc", interaction_auroc, "higher", 1.0, "none"),

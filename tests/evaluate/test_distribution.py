@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from scipy.stats import wasserstein_distance
@@ -15,6 +16,7 @@ from knockon.evaluate.distribution import (
     w1_genes,
 )
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.scores import ceiling
 from knockon.evaluate.suites import score
 from knockon.evaluate.truth import Truth
 
@@ -184,6 +186,22 @@ def test_a_replicate_beats_every_adversary(make, screen, split):
     for name in ("energy_pca", "w1_genes"):
         order = [scored[kind][name] for kind in ("half effect", "no change", "sign flip")]
         assert order == sorted(order)
+
+
+def test_the_ceiling_is_that_of_whole_conditions(make):
+    """Compared with experiments that are really repeated, of twice as many cells as a half has."""
+    screen = make.screen(make.cells(["control", "A", "B", "A+B"], cells=60))
+    truth = Truth.of(screen, make.split(screen, lambda label: label.perturbation == "A+B"))
+    repeated = [
+        score(Pairs.align(make.cells(["A+B"], cells=60, seed=seed), truth), "distribution")
+        for seed in range(1, 13)
+    ]
+    expected = pd.concat(repeated).groupby("metric")["value"].agg(["mean", "std"])
+    found = ceiling(truth, "distribution").set_index("metric")["value"]
+    for name in NAMES.split():
+        assert abs(found[name] - expected.loc[name, "mean"]) < 3 * expected.loc[name, "std"], name
+    for name in ("w1_genes", "frechet"):
+        assert found[name] == pytest.approx(expected.loc[name, "mean"], rel=0.1)
 
 
 distances = ["energy_pca", "mmd2_median", "w1_genes", "frechet", "nn_accuracy_error"]

@@ -5,6 +5,7 @@ from scipy.stats import wilcoxon
 
 from knockon.evaluate.suites import ALL
 from knockon.evaluate.summary import PAIRED, SUMMARY, paired, summarize
+from knockon.types import UserError
 
 
 def long(rows: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
@@ -65,6 +66,21 @@ def test_a_baseline_without_all_conditions_is_not_where_calibrated_begins():
     rows = {"no_effect": [5.0, 5.0], "additive": [1.0], "mine": [3.0, 3.0], "ceiling": [1.0, 1.0]}
     table = summarize(long({model: {"mse": values} for model, values in rows.items()}))
     assert line(table, "mine", "mse")["calibrated"] == pytest.approx(0.5)
+
+
+def test_a_ceiling_keeps_to_the_conditions_of_the_models():
+    rows = {"no_effect": [5.0], "additive": [3.0], "mine": [2.0], "ceiling": [1.0, 9.0]}
+    table = summarize(long({model: {"mse": values} for model, values in rows.items()}))
+    assert line(table, "mine", "mse")["ceiling"] == 1
+    assert line(table, "mine", "mse")["calibrated"] == pytest.approx(0.5)
+    alone = summarize(long({"ceiling": {"mse": [1.0, 9.0]}}))
+    assert line(alone, "ceiling", "mse")["mean"] == 5
+
+
+def test_nothing_to_summarize_is_said():
+    for nothing in (long({}), long({"mine": {"mse": [np.nan]}})):
+        with pytest.raises(UserError, match=r"none of the scores .* another --suite"):
+            summarize(nothing)
 
 
 def test_absent_anchors_give_empty_values():

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from scipy.spatial.distance import pdist
 
 from knockon.evaluate import generation
-from knockon.evaluate.generation import IN_SPACE, Others, Points, Sample, drawn, each, mmd2
+from knockon.evaluate.generation import CELLS, IN_SPACE, Others, Points, Sample, drawn, each, mmd2
 from knockon.evaluate.metrics import FLAT, Metric, Values, energy
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import num_cells
@@ -68,7 +68,7 @@ def mmd2_median(x: Points, y: Others) -> float:
 def spread_error(x: Points, y: Others) -> float:
     """Difference of the total variances of predicted and real cells, in ratio to their sum.
 
-    From 0 to 1, which is a repeated cell; 1/3 for twice as much as for half the variance.
+    From 0 to 1, which is a repeated cell; 1/3 for twice the real variance or half of it.
     """
     predicted, real = (z.var(axis=0, ddof=1).sum() for z in (x, y))
     return float(abs(predicted - real) / (predicted + real)) if predicted + real > FLAT**2 else 0.0
@@ -140,8 +140,7 @@ METRICS = (
     ),
     Metric(
         *("w1_genes", w1_genes, "lower", 0.0, "none"),
-        how="exact, gene by gene, mean over all genes, log1p per 10k; equally many cells a side: "
-        "half of the real, <= 256",
+        how=f"exact, gene by gene, mean over all genes; {CELLS}",
     ),
     *(metric for metric in generation.METRICS if metric.name in ("frechet", "nn_accuracy_error")),
     Metric("spread_error", each(spread_error), "lower", 0.0, "none", how=f"total variance; {IN_SPACE}"),

@@ -33,6 +33,7 @@ from scipy.spatial.distance import cdist
 from knockon.evaluate.metrics import FLAT, Means, Metric, Values
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import draw, moments, num_cells
+from knockon.evaluate.space import DIMS
 
 log = logging.getLogger("knockon")
 
@@ -42,8 +43,9 @@ Sample = Float[np.ndarray, "_ dims"]  # conditions need not have equally many
 
 BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Standard deviations of the Gaussian kernels of ``mmd2``, in units of the space."""
-IN_SPACE = "30 PCs of real training cells, log1p per 10k; equally many cells a side: half of the real, <= 256"
-"""How points are made and drawn, to be printed beside each number that is of points."""
+CELLS = "log1p per 10k, a side half as many cells as are real, <= 256"
+IN_SPACE = f"{DIMS} PCs of training cells, {CELLS}"
+"""How cells and points are made and drawn, to be printed beside each number."""
 NEIGHBORS = 3
 """Which neighbor's distance is the radius of a ball in ``precision`` and ``recall``."""
 

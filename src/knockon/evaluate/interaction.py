@@ -149,7 +149,7 @@ def interaction_size(predicted: Means, real: Means, called: Calls) -> Values:
     """Difference of the sizes of predicted and real residual, in ratio to their sum.
 
     Sizes are Euclidean norms over the really non-additive genes. From 0 to 1, which is no interaction; 1/3
-    for twice the real size as for half of it. NaN where there are no such genes.
+    for twice the real size or half of it. NaN where there are no such genes.
     """
     ours, theirs = (np.linalg.norm(np.where(called, x, 0.0), axis=1) for x in (predicted, real))
     return np.where(called.any(axis=1), np.abs(ours - theirs) / np.maximum(ours + theirs, FLAT), np.nan)

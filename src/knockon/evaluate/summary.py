@@ -9,6 +9,7 @@ from jaxtyping import Float
 from scipy.stats import wilcoxon
 
 from knockon.evaluate.suites import ALL, metric_named
+from knockon.types import UserError
 
 FLOOR, CEILING = "no_effect", "ceiling"
 BASELINES = (FLOOR, "mean_shift", "additive")
@@ -47,9 +48,20 @@ def summarize(
         bootstrap interval over conditions, empty for fewer than two. ``calibrated`` is 0 for the best
         baseline that has all conditions and 1 for the ceiling, whatever the metric's direction; empty
         where the ceiling is not better than that baseline, since the metric has no room to measure then.
+
+    Raises
+    ------
+    UserError
+        If there is nothing to summarize, because the real cells could give none of the scores.
     """
+    if scores["value"].count() == 0:
+        raise UserError(
+            "The real cells of the test conditions can give none of the scores that were asked for",
+            expected="conditions and numbers of cells that a metric is defined for, see docs/evaluation.md",
+            mend="choose another --suite, or --suite core beside it",
+        )
     rows = []
-    for one in _by_metric(scores):
+    for one in _by_metric(scores, ceiling):
         means = {model: values.mean() for model, values in one.values.items()}
         start = means.get(one.best(baselines) or "", np.nan)
         anchored = means.get(floor, np.nan), means.get(ceiling, np.nan)
@@ -85,7 +97,7 @@ def paired(
         conditions it cannot be below 2^(1 - n): five conditions cannot show a difference at the level .05.
     """
     rows = []
-    for one in _by_metric(scores.loc[scores["condition"] != ALL]):
+    for one in _by_metric(scores.loc[scores["condition"] != ALL], ceiling):
         best = one.best(baselines)
         for model, values in one.values.items():
             if best is None or model in (best, ceiling):
@@ -112,10 +124,13 @@ class _OfOneMetric:
         return max(whole, key=lambda name: self.sign * self.values[name].mean(), default=None)
 
 
-def _by_metric(scores: pd.DataFrame) -> Iterator[_OfOneMetric]:
+def _by_metric(scores: pd.DataFrame, ceiling: str) -> Iterator[_OfOneMetric]:
     for name, part in scores.dropna(subset="value").groupby("metric", sort=False):
         sign = 1 if metric_named(str(name)).direction == "higher" else -1
-        models = part.set_index("condition").groupby("model", sort=False)["value"]
+        # halves may tell by chance what whole conditions cannot: the ceiling keeps to the others' conditions
+        others = part.loc[part["model"] != ceiling, "condition"]
+        known = part[part["condition"].isin(others)] if len(others) else part
+        models = known.set_index("condition").groupby("model", sort=False)["value"]
         yield _OfOneMetric(str(name), sign, {str(model): pd.Series(values) for model, values in models})
 
 

@@ -115,7 +115,7 @@ def test_discrimination_is_left_out_without_rivals(make):
 def test_an_unknown_suite_is_refused(screen, split, prediction):
     with pytest.raises(UserError, match="Unknown suite vcc"):
         score(Pairs.of(prediction, screen, split), "vcc")
-    names = ["core", "generation", "distribution", "interaction", "systema"]
+    names = ["core", "de", "generation", "distribution", "interaction", "systema"]
     assert [suite.name for suite in SUITES] == list(get_args(suites.Name)) == names
 
 

@@ -248,16 +248,21 @@ def drawn(pairs: Pairs, cells: int) -> list[tuple[sp.csr_matrix, sp.csr_matrix]]
     cells
         At most so many.
     """
-    most = np.minimum(pairs.truth.half, cells).tolist()
-    few = sum(num_cells(x) < count for x, count in zip(pairs.cells, most, strict=True))
+    sides = zip(pairs.truth.labels, pairs.cells, pairs.truth.cells, halves(pairs, cells), strict=True)
+    return [draw(label, x, y, count) for label, x, y, count in sides]
+
+
+def halves(pairs: Pairs, most: int) -> list[int]:
+    """Count the cells that a replicate of each condition has; warn where fewer are predicted."""
+    wanted = np.minimum(pairs.truth.half, most).tolist()
+    few = sum(num_cells(x) < count for x, count in zip(pairs.cells, wanted, strict=True))
     if few:
         log.warning(
             "%d of %d conditions have fewer predicted cells than the anchors, on which distances between "
-            "populations depend: predict %d cells of each",
-            *(few, len(most), max(most)),
+            "populations and the genes that are called depend: predict %d cells of each",
+            *(few, len(wanted), max(wanted)),
         )
-    sides = zip(pairs.truth.labels, pairs.cells, pairs.truth.cells, most, strict=True)
-    return [draw(label, x, y, count) for label, x, y, count in sides]
+    return wanted
 
 
 def gather(pairs: Pairs, cells: int) -> Evidence:

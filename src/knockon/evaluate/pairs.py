@@ -15,6 +15,7 @@ from knockon.data import values
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.data.values import Matrix
+from knockon.evaluate.differential import Differences
 from knockon.evaluate.populations import Moments, exact, moments, num_cells
 from knockon.evaluate.prediction import Prediction, read
 from knockon.evaluate.truth import Context, Truth
@@ -60,6 +61,11 @@ class Pairs:
         """Of the predicted cells; variances of one cell are 0, as those of that cell repeated."""
         found = moments(self.cells)
         return replace(found, variance=np.nan_to_num(found.variance))
+
+    @cached_property
+    def differences(self) -> Differences:
+        """Of predicted cells from real control cells; see ``Truth.differing``."""
+        return self.truth.differing(self.cells)
 
     @classmethod
     def of(cls, prediction: Prediction | AnnData | str | Path, screen: Screen, split: Split) -> "Pairs":

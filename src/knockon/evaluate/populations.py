@@ -68,6 +68,11 @@ def draw(
     return _some(predicted, count, rng), _some(real, count, rng)
 
 
+def sample(label: Label, cells: sp.csr_matrix, most: int) -> sp.csr_matrix:
+    """Draw some cells of a condition: the same whenever as many are drawn of as many."""
+    return _some(cells, most, np.random.default_rng(zlib.crc32(str(label).encode())))
+
+
 def _some(cells: sp.csr_matrix, count: int, rng: np.random.Generator) -> sp.csr_matrix:
     if num_cells(cells) <= count:
         return cells

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from knockon.evaluate import distribution, generation, interaction, metrics, systema
+from knockon.evaluate import de, distribution, generation, interaction, metrics, systema
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
 from knockon.types import UserError
 
-Name = Literal["core", "generation", "distribution", "interaction", "systema"]
+Name = Literal["core", "de", "generation", "distribution", "interaction", "systema"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,7 @@ def chosen(suite: Asked) -> tuple[Suite, ...]:
 
 SUITES = (
     Suite(name="core", metrics=metrics.METRICS, gather=metrics.gather),
+    Suite(name="de", metrics=de.METRICS, gather=de.gather),
     Suite(name="generation", metrics=generation.METRICS, gather=generation.gather),
     Suite(name="distribution", metrics=distribution.METRICS, gather=distribution.gather),
     Suite(name="interaction", metrics=interaction.METRICS, gather=interaction.gather),

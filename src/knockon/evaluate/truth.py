@@ -1,7 +1,7 @@
 """The real side of an evaluation: the scored conditions and all that scores refer to."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -13,11 +13,13 @@ from jaxtyping import Bool, Float, Int
 from knockon.data import prepare
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.evaluate.populations import Moments, exact, mean, moments
+from knockon.evaluate.differential import Context, Differences, differences
+from knockon.evaluate.populations import Moments, exact, mean, moments, sample
 from knockon.evaluate.space import Space
 from knockon.types import CP10K, Label, Units, UserError
 
-Context = tuple[str, ...]
+TESTED = 256
+"""Most cells of a condition and side that are tested against control."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +82,23 @@ class Truth:
         screen = self.screen
         return _cells(screen, screen.control_rows(label) if label.is_control else screen.rows[label])
 
+    @cached_property
+    def differences(self) -> Differences:
+        """Of real cells from control."""
+        return self.differing(self.cells)
+
+    def differing(self, cells: Sequence[sp.csr_matrix]) -> Differences:
+        """Compare cells of each condition, at most as many as a replicate has, with real control cells."""
+        sides = zip(self.labels, cells, self.half.tolist(), strict=True)
+        drawn = [sample(label, some, max(1, min(half, TESTED))) for label, some, half in sides]
+        return differences(drawn, [label.covariates for label in self.labels], self._controls)
+
+    @cached_property
+    def _controls(self) -> dict[Context, sp.csr_matrix]:
+        """Control cells of each scored context."""
+        controls = {label.covariates: label.control() for label in self.labels}
+        return {context: self.population(control) for context, control in controls.items()}
+
     @classmethod
     def of(cls, screen: Screen, split: Split, *, source: Screen | None = None) -> "Truth":
         """Gather the test part of a screen.
@@ -127,6 +146,8 @@ class Truth:
         """Score only these conditions; candidates stay."""
         wanted = set(labels)
         kept = np.array([label in wanted for label in self.labels])
+        if kept.all():
+            return self  # with what was already found of the real cells
         return replace(
             self,
             labels=tuple(label for label in self.labels if label in wanted),

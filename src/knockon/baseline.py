@@ -46,6 +46,12 @@ class MeanModel(Model, ABC):
     @final
     def fit_statistics(self, train: Screen) -> None:
         """Learn the control cells of each context, then the effects."""
+        self.fit_controls(train)
+        self.fit_effects(train)
+
+    @final
+    def fit_controls(self, train: Screen) -> None:
+        """Learn the control cells of each context: the same for all baselines."""
         controls = train.controls
         if not controls:
             raise UserError("The training part has no control cells", mend="name them with --control")
@@ -55,7 +61,6 @@ class MeanModel(Model, ABC):
             (_blocks(train, train.rows[control]) for control in controls),
             _blocks(train, everything),
         )
-        self.fit_effects(train)
 
     @final
     def mean(self, condition: Condition) -> Float[Tensor, "sets genes"]:

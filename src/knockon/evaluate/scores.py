@@ -1,14 +1,17 @@
 """Anchors, without which no score can be read: the floor, the best simple baseline and the ceiling."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from knockon import models
+from knockon.baseline import MeanModel
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.evaluate.pairs import Pairs
@@ -20,7 +23,7 @@ from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import generate
-from knockon.types import Units
+from knockon.types import Spec, Units
 
 log = logging.getLogger("knockon")
 
@@ -86,14 +89,26 @@ def anchors(
     """
     screen, tables = truth.screen, []
     train = screen.select((*split.train, *split.validation, *screen.controls))
-    for name in BASELINES:
-        config = AdditiveConfig(missing="mean") if name == "additive" else models.recipe(name).model
-        model = config.build(screen.spec())
-        model.fit_statistics(train)
+    for name, model in _baselines(train, screen.spec()):
         predicted = generate(model, screen, truth.labels, cells=cells, seed=seed)
         predicted.uns["knockon"] = {"units": model.units, "total": screen.total or -1.0}
         tables.append(score(Pairs.align(predicted, truth), suite).assign(model=name))
     return _ordered(*tables, ceiling(truth, suite, seed=seed).assign(model=CEILING))
+
+
+def _baselines(train: Screen, spec: Spec) -> Iterator[tuple[str, MeanModel]]:
+    """Fit the simple baselines. What they know of control cells is the same, and learned once."""
+    first = None
+    for name in BASELINES:
+        config = AdditiveConfig(missing="mean") if name == "additive" else models.recipe(name).model
+        model = cast(MeanModel, config.build(spec))
+        if first is None:
+            model.fit_controls(train)
+            first = model
+        else:
+            model.contexts, model.dispersion = first.contexts, first.dispersion
+        model.fit_effects(train)
+        yield name, model
 
 
 def ceiling(truth: Truth, suite: Asked = "core", *, seed: int = 0) -> pd.DataFrame:

@@ -36,6 +36,7 @@ from knockon.evaluate.populations import draw
 
 Means = Float[np.ndarray, "conditions genes"]
 Values = Float[np.ndarray, "conditions"]
+Noise = Literal["square", "root", "reliability", "determination", "none"]
 
 TOP = 20
 """Genes of the ``top20`` metrics."""
@@ -286,7 +287,7 @@ class Metric:
     function: Callable[..., Float[np.ndarray, "*conditions"]]
     direction: Literal["higher", "lower"]
     best: float
-    noise: Literal["square", "root", "reliability", "determination", "none"]
+    noise: Noise
     how: str = ""
 
     @property

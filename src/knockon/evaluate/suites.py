@@ -8,12 +8,21 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from knockon.evaluate import de, distribution, generation, interaction, metrics, systema
+from knockon.evaluate import (
+    cell_eval,
+    de,
+    distribution,
+    generation,
+    interaction,
+    metrics,
+    scdfm_2025,
+    systema,
+)
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
 from knockon.types import UserError
 
-Name = Literal["core", "de", "generation", "distribution", "interaction", "systema"]
+Name = Literal["core", "de", "generation", "distribution", "interaction", "systema", "scdfm-2025", "cell-eval"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,8 @@ SUITES = (
     Suite(name="distribution", metrics=distribution.METRICS, gather=distribution.gather),
     Suite(name="interaction", metrics=interaction.METRICS, gather=interaction.gather),
     Suite(name="systema", metrics=systema.METRICS, gather=systema.gather),
+    Suite(name="scdfm-2025", metrics=scdfm_2025.METRICS, gather=scdfm_2025.gather),
+    Suite(name="cell-eval", metrics=cell_eval.METRICS, gather=cell_eval.gather),
 )
 METRICS = tuple({metric.name: metric for suite in SUITES for metric in suite.metrics}.values())
 """Of all suites, each once: a name means one thing, whatever the suite."""

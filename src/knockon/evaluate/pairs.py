@@ -37,6 +37,8 @@ class Pairs:
         Predicted cells of each of its conditions.
     counts
         The same cells in counts, of a prediction in counts.
+    origins
+        Row in the screen of the control cell that each came from, where the prediction tells.
     controls
         Predicted control cells of each context, where there are any. No metric looks at them: both sides
         refer to the real ones.
@@ -51,6 +53,7 @@ class Pairs:
     truth: Truth
     cells: tuple[sp.csr_matrix, ...]
     counts: tuple[sp.csr_matrix, ...] | None = None
+    origins: tuple[Int[np.ndarray, "_"], ...] | None = None
     controls: Mapping[Context, sp.csr_matrix] = field(default_factory=dict)
     present: Bool[np.ndarray, "genes"] | None = None
     model: str = "prediction"
@@ -104,6 +107,7 @@ class Pairs:
         matrix, scaled = _in_log1p(raw, found, truth)
         absent = places < 0
         rows = [found.rows[label] for label in truth.labels]
+        origins = found.origins(truth.source)
         source = truth.source.matrix if truth.units == "counts" else None
         return cls(
             truth=truth,
@@ -111,6 +115,7 @@ class Pairs:
             counts=_filled([raw[some] for some in rows], truth, absent, source)
             if found.units == "counts"
             else None,
+            origins=None if origins is None else tuple(origins[some] for some in rows),
             controls={x.covariates: exact(matrix[rows]) for x, rows in found.rows.items() if x.is_control},
             present=~absent if absent.any() else None,
             model=found.model,

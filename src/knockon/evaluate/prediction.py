@@ -63,6 +63,8 @@ class Prediction:
         Their scale; a total of None is not known.
     plain
         Whether the total was not declared, but is what all cells sum to.
+    control_cells
+        Name of the control cell that each cell came from; None where the file does not tell.
     about
         ``uns["knockon"]``.
     notes
@@ -75,6 +77,7 @@ class Prediction:
     units: Units
     total: float | None = None
     plain: bool = False
+    control_cells: tuple[str, ...] | None = None
     about: Mapping[str, object]
     notes: tuple[str, ...] = ()
 
@@ -87,6 +90,17 @@ class Prediction:
     def share(self) -> float:
         """Share that the predicted genes have in all counts of a cell, where the file tells."""
         return _number(self.about, "share") or 1.0
+
+    def origins(self, screen: Screen) -> Int[np.ndarray, "cells"] | None:
+        """Find the row in a screen of the control cell that each cell came from.
+
+        None where the file does not tell, or names cells that the screen has not, or has twice.
+        """
+        names = pd.Index([str(name) for name in screen.cells])
+        if self.control_cells is None or not names.is_unique:
+            return None
+        rows = names.get_indexer(pd.Index(self.control_cells))
+        return None if (rows < 0).any() else rows
 
     def prepare(self, screen: Screen) -> Screen:
         """Prepare a screen as the run that made the cells did, where that run had chosen genes."""
@@ -180,6 +194,7 @@ def read(
         units=judged,
         total=total or plain,
         plain=plain is not None,
+        control_cells=tuple(stored.obs["control_cell"].astype(str)) if "control_cell" in stored.obs else None,
         about=about,
         notes=notes,
     )

@@ -17,12 +17,13 @@ from knockon.evaluate import (
     metrics,
     scdfm_2025,
     systema,
+    vcc_2026,
 )
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
 from knockon.types import UserError
 
-Name = Literal["core", "de", "generation", "distribution", "interaction", "systema", "scdfm-2025", "cell-eval"]
+Name = Literal["core", "de", "generation", "distribution", "interaction", "systema", "scdfm-2025", "cell-eval", "vcc2026"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,7 @@ SUITES = (
     Suite(name="systema", metrics=systema.METRICS, gather=systema.gather),
     Suite(name="scdfm-2025", metrics=scdfm_2025.METRICS, gather=scdfm_2025.gather),
     Suite(name="cell-eval", metrics=cell_eval.METRICS, gather=cell_eval.gather),
+    Suite(name="vcc2026", metrics=vcc_2026.METRICS, gather=vcc_2026.gather),
 )
 METRICS = tuple({metric.name: metric for suite in SUITES for metric in suite.metrics}.values())
 """Of all suites, each once: a name means one thing, whatever the suite."""

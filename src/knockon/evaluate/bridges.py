@@ -1,4 +1,4 @@
-"""What the suites share that call the field's own evaluators, so that their numbers are those packages' numbers.
+"""What the suites share that call the field's own evaluators, so that their numbers are the packages'.
 
 A package sees what a user would give it as files: the scored conditions of one context, predicted and real,
 and below both the *same* real control cells of that context, which no prediction can move. Contexts are

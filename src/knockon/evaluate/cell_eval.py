@@ -2,11 +2,11 @@
 
 Conventions are the package's (0.8.x, profile ``full``): means after log1p over all genes; signed effects;
 discrimination 1 - rank / N over the scored conditions, ties in the order of names, without the gene that is
-called as the condition is (so none for a combination); differential expression by pdex (Mann-Whitney, geometric
-fold change), adjusted within each condition, significant below .05. Ours: both sides hold the real control
-cells; values are declared log1p and never guessed; contexts are scored one by one (see ``bridges``); the
-per-condition results are read, not the package's summary, whose first line is a count. Of doses and
-combinations, the whole text is the name.
+called as the condition is (so none for a combination); differential expression by pdex (Mann-Whitney,
+geometric fold change), adjusted within each condition, significant below .05. Ours: both sides hold the
+real control cells; values are declared log1p and never guessed; contexts are scored one by one (see
+``bridges``); the per-condition results are read, not the package's summary, whose first line is a count. Of
+doses and combinations, the whole text is the name.
 
 A NaN of the package stays where the *real* cells cannot tell (no significant gene, numbers that do not vary)
 and counts as 0 where the prediction is to blame. ``de_nsig_counts`` is no score and is left out.
@@ -36,6 +36,7 @@ CHANCE = tuple(f"discrimination_score_{distance}" for distance in ("l1", "l2", "
 ENOUGH: Mapping[str, int] = {"de_spearman_lfc_sig": 2, "de_direction_match": 1, "pr_auc": 1, "roc_auc": 1}
 """How many really significant genes a value needs."""
 SETS = tuple(f"{kind}_at_{k}" for kind in ("overlap", "precision") for k in ("N", 50, 100, 200, 500))
+SIGN_BLIND = (*SETS, "de_sig_genes_recall", "pr_auc", "roc_auc")
 ALONE = ("pearson_delta", *CHANCE, *SETS, "de_sig_genes_recall", *ENOUGH)
 """One value for each condition, 1 is best."""
 TOGETHER = ("de_spearman_sig", "pearson_edistance", "clustering_agreement")
@@ -106,7 +107,7 @@ def _evaluator() -> "type[MetricsEvaluator]":
 
 
 def _metric(name: str) -> Metric:
-    how = "package cell-eval 0.8" + (", sign-blind" if name in (*SETS, "de_sig_genes_recall", "pr_auc", "roc_auc") else "")
+    how = "package cell-eval 0.8" + (", sign-blind" if name in SIGN_BLIND else "")
     picked = column(name, f"{name} as the package cell-eval computes it.")
     if name in ERRORS:
         return Metric(f"cell-eval:{name}", picked, "lower", 0.0, ERRORS[name], how)

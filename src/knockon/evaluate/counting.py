@@ -8,7 +8,6 @@ A control cell that did not move gets its own counts back.
 """
 
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse as sp
@@ -50,9 +49,7 @@ def counts(pairs: Pairs) -> tuple[sp.csr_matrix, ...]:
     )
 
 
-def drawn(
-    cells: sp.csr_matrix, sizes: Float[np.ndarray, "cells"], rng: np.random.Generator
-) -> sp.csr_matrix:
+def drawn(cells: sp.csr_matrix, sizes: Float[np.ndarray, "cells"], rng: np.random.Generator) -> sp.csr_matrix:
     """Draw whole counts.
 
     Parameters
@@ -62,7 +59,8 @@ def drawn(
     sizes
         Counts that each cell has on average. A cell without any value gets none.
     """
-    expected = sp.csr_matrix((np.expm1(cells.data.astype(np.float64)), cells.indices, cells.indptr), cells.shape)
+    odds = np.expm1(cells.data.astype(np.float64))
+    expected = sp.csr_matrix((odds, cells.indices, cells.indptr), cells.shape)
     sums = np.asarray(expected.sum(axis=1)).ravel()
     shares = np.divide(sizes, sums, out=np.zeros_like(sums), where=sums > 0)
     expected.data *= np.repeat(shares, np.diff(expected.indptr))

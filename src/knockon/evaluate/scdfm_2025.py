@@ -1,4 +1,4 @@
-"""The conventions behind scDFM's published tables (cell-eval 0.5.42, pdex 0.1.21), for comparison with them only.
+"""The conventions behind scDFM's published tables (cell-eval 0.5.42, pdex 0.1.21), to compare with them only.
 
 The discrimination scores, ``overlap_at_N``, ``pr_auc`` and ``roc_auc`` do not see signs: a prediction with
 every sign wrong is as good as a perfect one. Read them beside ``de_direction_match``, and judge a method by
@@ -230,8 +230,8 @@ def _metric(
 ) -> Metric:
     errors = noise in ("square", "root")
     direction, best = ("lower", 0.0) if errors else ("higher", 1.0)
-    made = "cell-eval 0.5.42, to compare with scDFM's tables only"
-    return Metric(f"scdfm-2025:{name}", function, direction, best, noise, ", ".join(filter(None, (how, made))))
+    how = ", ".join(filter(None, (how, "cell-eval 0.5.42, to compare with scDFM's tables only")))
+    return Metric(f"scdfm-2025:{name}", function, direction, best, noise, how)
 
 
 METRICS = (

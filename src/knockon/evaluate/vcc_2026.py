@@ -87,16 +87,17 @@ def _scored(pairs: Pairs, predicted: tuple[sp.csr_matrix, ...], places: np.ndarr
                 f"cell-eval2 refuses to score ({' '.join(str(error).split())})",
                 expected="raw counts as its preset vcc2026 takes them",
             ) from error
-    wide = pd.DataFrame(long.to_dict(as_series=False)).pivot(index="perturbation", columns="metric", values="value")
-    means = pd.DataFrame(overall.to_dict(as_series=False)).set_index("metric")["mean"]
+    found = pd.DataFrame(long.to_dict(as_series=False))
+    wide = found.pivot(index="perturbation", columns="metric", values="value")
+    means = dict(zip(overall["metric"].to_list(), overall["mean"].to_list(), strict=True))
     values: dict[str, Column] = {
         name: wide[name].reindex(names).to_numpy(float) for name in (*HIGHER, *LOWER) if name != TOGETHER
     }
-    return values | {TOGETHER: np.array(float(means[TOGETHER]))}
+    return values | {TOGETHER: np.array(means[TOGETHER])}
 
 
 def config(targetless: set[str], key: str = KEY, control: str = CONTROL) -> "EvalConfig":
-    """Settings of the preset, on the CPU.
+    """Give the settings of the preset, on the CPU.
 
     Parameters
     ----------

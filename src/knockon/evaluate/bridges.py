@@ -21,8 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 
-from knockon.data.screen import Screen
-from knockon.evaluate.populations import exact, num_cells
+from knockon.evaluate.populations import num_cells
 from knockon.types import CONTROL, Label
 
 Column = Float[np.ndarray, "*conditions"]
@@ -53,11 +52,6 @@ def by_context(labels: Sequence[Label]) -> Iterator[Int[np.ndarray, "some"]]:
     for place, label in enumerate(labels):
         places[label.covariates].append(place)
     yield from map(np.array, places.values())
-
-
-def controls(screen: Screen, label: Label) -> sp.csr_matrix:
-    """Real control cells of a condition's context, in the screen's units."""
-    return exact(sp.csr_matrix(screen.matrix[screen.control_rows(label)]))
 
 
 def side(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from knockon.evaluate.bridges import KEY, Column, Table, by_context, column, controls, joined, quiet, side
+from knockon.evaluate.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
 from knockon.evaluate.metrics import Metric, Noise
 from knockon.evaluate.pairs import Pairs
 from knockon.types import CONTROL, UserError
@@ -61,16 +61,17 @@ def _scored(pairs: Pairs, places: np.ndarray) -> dict[str, Column]:
     """Scores of the conditions of one context."""
     truth = pairs.truth
     labels = [truth.labels[i] for i in places]
-    control = controls(truth.screen, labels[0])
-    both = [
+    control = truth.population(labels[0].control())
+    predicted, real = (
         side(labels, [source[i] for i in places], control, truth.screen.genes)
         for source in (pairs.cells, truth.cells)
-    ]
+    )
     skipped = TOGETHER if len(labels) < FEWEST else ()
     with TemporaryDirectory() as folder, quiet("cell_eval", "pdex"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = _evaluator()(
-            *both,
+            adata_pred=predicted,
+            adata_real=real,
             control_pert=CONTROL,
             pert_col=KEY,
             num_threads=1,

@@ -11,10 +11,11 @@ import zlib
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from knockon.data import values
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.populations import exact
+from knockon.evaluate.truth import Truth
 from knockon.types import UserError
 
 
@@ -27,7 +28,7 @@ def counts(pairs: Pairs) -> tuple[sp.csr_matrix, ...]:
         If the screen has no counts to compare with, or the prediction tells neither its counts nor the
         control cells that it came from.
     """
-    if pairs.truth.units != "counts":
+    if pairs.truth.counts is None:
         raise UserError(
             "The screen is in log1p",
             expected="counts, on both sides",
@@ -42,11 +43,20 @@ def counts(pairs: Pairs) -> tuple[sp.csr_matrix, ...]:
             mend="predict with a model in counts, or write counts with knockon export",
         )
     found = zip(pairs.truth.labels, pairs.cells, pairs.origins, strict=True)
-    source = pairs.truth.source.matrix
     return tuple(
-        drawn(cells, values.totals(source, rows), np.random.default_rng(zlib.crc32(str(label).encode())))
+        drawn(cells, _totals(pairs.truth, rows), np.random.default_rng(zlib.crc32(str(label).encode())))
         for label, cells, rows in found
     )
+
+
+def measured(truth: Truth, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
+    """Give the counts of the scored genes in some cells of a screen that has counts."""
+    place = {gene: i for i, gene in enumerate(truth.source.genes)}
+    return exact(sp.csr_matrix(truth.source.matrix[rows]))[:, [place[gene] for gene in truth.screen.genes]]
+
+
+def _totals(truth: Truth, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "cells"]:
+    return np.asarray(measured(truth, rows).sum(axis=1)).ravel()
 
 
 def drawn(cells: sp.csr_matrix, sizes: Float[np.ndarray, "cells"], rng: np.random.Generator) -> sp.csr_matrix:

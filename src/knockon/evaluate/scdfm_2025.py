@@ -18,19 +18,18 @@ over conditions, of the *numbers* of significant genes, which is what the paper'
 least 1e-10), areas by trapezoids. Where a prediction leaves a value undefined it counts as saying nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float
-from scipy.stats import false_discovery_control, mannwhitneyu, rankdata, spearmanr
+from scipy.stats import false_discovery_control, mannwhitneyu, rankdata
 
 from knockon.evaluate import metrics
 from knockon.evaluate.metrics import Means, Metric, Noise, Values
 from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.populations import exact
 
 Called = Bool[np.ndarray, "conditions genes"]
 One = Float[np.ndarray, ""]
@@ -85,7 +84,7 @@ def adjusted(
 ) -> Float[np.ndarray, "conditions genes"]:
     """p-values of every gene between each condition and its control, adjusted over all tests at once."""
     found = np.stack([_tested(x, y) for x, y in zip(cells, controls, strict=True)])
-    return false_discovery_control(found, axis=None).reshape(found.shape)
+    return false_discovery_control(found.ravel()).reshape(found.shape)
 
 
 def _tested(cells: sp.csr_matrix, control: sp.csr_matrix) -> Float[np.ndarray, "genes"]:
@@ -182,7 +181,7 @@ def _spearman(predicted: np.ndarray, real: np.ndarray) -> float:
     """NaN where the real side does not vary, 0 where only the predicted one does not."""
     if len(real) < 2 or np.ptp(real) == 0:
         return float("nan")
-    return 0.0 if np.ptp(predicted) == 0 else float(spearmanr(predicted, real).statistic)
+    return 0.0 if np.ptp(predicted) == 0 else float(np.corrcoef(rankdata(predicted), rankdata(real))[0, 1])
 
 
 # ---- the tuple -------------------------------------------------------------------------------------
@@ -191,7 +190,8 @@ def _spearman(predicted: np.ndarray, real: np.ndarray) -> float:
 def gather(pairs: Pairs, cells: int) -> Evidence:  # noqa: ARG001 (all cells are tested)
     """Gather what the metrics look at; all cells of either side are tested."""
     truth = pairs.truth
-    controls = list(_controls(pairs))
+    known = {label.control(): truth.population(label.control()) for label in truth.labels}
+    controls = [known[label.control()] for label in truth.labels]
     predicted, real = pairs.moments.mean, truth.moments.mean
     return Evidence(
         predicted=predicted,
@@ -202,16 +202,6 @@ def gather(pairs: Pairs, cells: int) -> Evidence:  # noqa: ARG001 (all cells are
         predicted_p=adjusted(pairs.cells, controls),
         real_p=adjusted(truth.cells, controls),
     )
-
-
-def _controls(pairs: Pairs) -> Iterator[sp.csr_matrix]:
-    """Real control cells of each condition; those of one context are the same object."""
-    screen = pairs.truth.screen
-    known: dict[tuple[str, ...], sp.csr_matrix] = {}
-    for label in pairs.truth.labels:
-        if label.covariates not in known:
-            known[label.covariates] = exact(sp.csr_matrix(screen.matrix[screen.control_rows(label)]))
-        yield known[label.covariates]
 
 
 def _discrimination(distance: Literal["l1", "l2", "cosine"]) -> Callable[..., Values]:

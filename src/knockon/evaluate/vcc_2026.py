@@ -26,8 +26,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from knockon.evaluate.bridges import KEY, Column, Table, by_context, column, controls, joined, quiet, side
-from knockon.evaluate.counting import counts
+from knockon.evaluate.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
+from knockon.evaluate.counting import counts, measured
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
 from knockon.types import CONTROL, UserError
@@ -69,13 +69,13 @@ def _scored(pairs: Pairs, predicted: tuple[sp.csr_matrix, ...], places: np.ndarr
     truth = pairs.truth
     assert truth.counts is not None  # or there would be no predicted counts
     labels = [truth.labels[i] for i in places]
-    control = controls(truth.source, labels[0])
+    control = measured(truth, truth.source.control_rows(labels[0]))
     both = [
-        side(labels, [source[i] for i in places], control, truth.source.genes)
+        side(labels, [source[i] for i in places], control, truth.screen.genes)
         for source in (predicted, truth.counts)
     ]
     names = [label.perturbation for label in labels]
-    settings = config({name for name in names if name not in set(truth.source.genes)})
+    settings = config({name for name in names if name not in set(truth.screen.genes)})
     package = _package()
     with quiet("cell_eval2", "pdex"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 
 from knockon import models
 from knockon.commands.common import Command, Data, Flat, Folder, read_screen, say, show
+from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
 from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
@@ -252,6 +253,7 @@ COMMANDS: dict[str, type[Command]] = {
     "embed": Embed,
     "evaluate": Evaluate,
     "compare": Compare,
+    "export": Export,
     "report": Report,
 }
 

@@ -70,3 +70,14 @@ def log1p(adata: anndata.AnnData) -> anndata.AnnData:
     values = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
     found.X = sp.csr_matrix(values.astype(np.float32).astype(np.float64))
     return found
+
+
+def with_control(prediction: anndata.AnnData, real: anndata.AnnData) -> anndata.AnnData:
+    """A prediction as the field's evaluators take it: with the real control cells."""
+    control = real[real.obs["perturbation"] == "control"]
+    return anndata.concat([control, prediction], index_unique="-")
+
+
+def known(real: anndata.AnnData) -> anndata.AnnData:
+    """The screen as the field's evaluators take it: of the scored conditions and control."""
+    return real[real.obs["perturbation"] != TRAINED].copy()

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from knockon.evaluate.populations import num_cells
 from knockon.types import CONTROL, Label
 
-Column = Float[np.ndarray, "*conditions"]
+Column = Float[np.ndarray, "..."]
 KEY = "perturbation"
 """The column of ``obs`` that names conditions."""
 

@@ -134,7 +134,9 @@ def test_contexts_are_scored_one_by_one(make):
     texts = ["control", "A", "B", "C"]
     screen = make.screen(make.cells(texts, contexts=["T", "B"]), ("cell_type",))
     split = make.split(screen, lambda label: label.perturbation != "C")
-    both = suites.score(Pairs.of(make.cells(texts[1:3], seed=1, contexts=["T", "B"]), screen, split), "cell-eval")
+    both = suites.score(
+        Pairs.of(make.cells(texts[1:3], seed=1, contexts=["T", "B"]), screen, split), "cell-eval"
+    )
     one = make.cells(texts[1:3], seed=1, contexts=["T", "B"])
     one = one[one.obs["cell_type"] == "T"].copy()
     alone = suites.score(Pairs.of(one, screen, split), "cell-eval")

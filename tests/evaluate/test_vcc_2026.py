@@ -66,7 +66,11 @@ def test_our_numbers_are_those_of_the_package_on_files(scores, tmp_path, monkeyp
     known(real).write_h5ad(tmp_path / "real.h5ad")
     preset = cell_eval2.EvalConfig.from_preset("vcc2026")
     settings = replace(
-        *(preset,), pert_col="perturbation", control="control", de=replace(preset.de, backend="pdex"), device="cpu"
+        *(preset,),
+        pert_col="perturbation",
+        control="control",
+        de=replace(preset.de, backend="pdex"),
+        device="cpu",
     )
     long = cell_eval2.compute_metrics(tmp_path / "pred.h5ad", tmp_path / "real.h5ad", config=settings)
     overall = dict(cell_eval2.aggregate_metrics(long).select("metric", "mean").iter_rows())

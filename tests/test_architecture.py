@@ -21,7 +21,8 @@ TIERS = (
     {"checkpoint", "validate"},
     {"train"},
     {"evaluate"},
-    {"compare"},
+    {"changes", "novelty", "targets"},
+    {"compare", "rank"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 )

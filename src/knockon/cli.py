@@ -18,6 +18,7 @@ from knockon import models
 from knockon.commands.common import Command, Data, Flat, Folder, read_screen, say, show
 from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
+from knockon.commands.rank import Rank
 from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
@@ -249,6 +250,7 @@ COMMANDS: dict[str, type[Command]] = {
     "split": Split,
     "train": Train,
     "predict": Predict,
+    "rank": Rank,
     "generate": Generate,
     "embed": Embed,
     "evaluate": Evaluate,

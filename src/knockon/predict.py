@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 
 import anndata
 import numpy as np
@@ -67,7 +68,7 @@ def generate(
     refuse_few(cells)
     refuse_unknown(model, labels)
     blocks, used = [], []
-    for group in _groups(labels, cells):
+    for group in groups(labels, cells):
         for drawn, rows in draw(model, screen, group, cells=cells, seed=seed):
             blocks.append(sp.csr_matrix(drawn.cpu().numpy()))
             used.append(rows)
@@ -99,6 +100,46 @@ def refuse_unknown(model: Model, labels: Sequence[Label]) -> None:
         )
 
 
+def all_pairs(model: Model, screen: Screen) -> list[Label]:
+    """Pair perturbations that a screen has alone, as far as no cell of it got both, in every context.
+
+    A perturbation given at several doses takes part at each of them, and is not paired with itself.
+
+    Parameters
+    ----------
+    model
+        It must take two perturbations at once.
+    screen
+        With all its conditions: a pair that is held out was measured, and is no candidate.
+
+    Raises
+    ------
+    UserError
+        If the model takes one perturbation only, or no pair is left.
+    """
+    if model.spec.slots < 2:
+        raise UserError(
+            f"{name_of(model)} was trained on a screen without combinations, and takes one perturbation",
+            expected="a run on a screen in which some cells got two",
+            mend='name single perturbations with --perturbations "A" "B"',
+        )
+    alone = sorted({label.everywhere for label in screen.conditions if len(label.perturbations) == 1})
+    pairs = [
+        Label.of(a.perturbations + b.perturbations, a.doses + b.doses, control.covariates)
+        for a, b in combinations(alone, 2)
+        for control in screen.controls
+        if a.perturbations != b.perturbations
+    ]
+    found = [pair for pair in pairs if pair not in screen.rows]
+    if not found:
+        raise UserError(
+            "No pair is left to predict",
+            expected=f"pairs of {len(alone)} perturbations measured alone that were not measured together",
+            mend='name conditions with --perturbations "A+B"',
+        )
+    return found
+
+
 @torch.inference_mode()
 def draw(
     model: Model, screen: Screen, labels: Sequence[Label], *, cells: int, seed: int
@@ -127,8 +168,8 @@ def draw(
     return list(zip(torch.cat(made, dim=1), rows, strict=True))
 
 
-def _groups(labels: Sequence[Label], cells: int) -> Iterator[Sequence[Label]]:
-    """Conditions that are generated side by side: many of few cells, or one of many."""
+def groups(labels: Sequence[Label], cells: int) -> Iterator[Sequence[Label]]:
+    """Part conditions into those that are generated side by side: many of few cells, or one of many."""
     at_once = max(1, CHUNK // cells)
     for start in range(0, len(labels), at_once):
         yield labels[start : start + at_once]

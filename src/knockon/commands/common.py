@@ -37,6 +37,31 @@ def read_screen(path: Path, columns: Columns) -> Screen:
     return screen
 
 
+def listed(texts: Sequence[str]) -> list[str]:
+    """Replace each ``@FILE`` among texts by the lines of that file.
+
+    Raises
+    ------
+    UserError
+        If a file cannot be read or has no line.
+    """
+    found: list[str] = []
+    for text in texts:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        try:
+            lines = [line.strip() for line in Path(text[1:]).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"Cannot read {text[1:]} ({error})", expected="one condition in each line"
+            ) from error
+        if not any(lines):
+            raise UserError(f"{text[1:]} is empty", expected="one condition in each line")
+        found += [line for line in lines if line]
+    return found
+
+
 def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
     """Read ``name=value`` texts.
 

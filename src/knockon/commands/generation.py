@@ -7,7 +7,18 @@ from typing import Annotated, Literal, TypeVar
 import anndata
 from tyro.conf import arg
 
-from knockon.commands.common import Command, Data, Flat, Folder, assignments, log, read_screen, say, show
+from knockon.commands.common import (
+    Command,
+    Data,
+    Flat,
+    Folder,
+    assignments,
+    listed,
+    log,
+    read_screen,
+    say,
+    show,
+)
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
 from knockon.data.store import read_obs
@@ -15,10 +26,10 @@ from knockon.embed import CHUNK as EMBEDDED_AT_ONCE
 from knockon.embed import refuse_without_embedding
 from knockon.evaluate import reconstruction
 from knockon.files import from_text, written_aside
-from knockon.predict import CHUNK
+from knockon.predict import CHUNK, all_pairs, unknown
 from knockon.progress import bar
 from knockon.run import Run, Trained, trained
-from knockon.types import UserError
+from knockon.types import Label, UserError
 
 Kind = TypeVar("Kind", bound=Trained)
 
@@ -51,7 +62,9 @@ class Predict(Command):
     out: Path
     """The .h5ad to write."""
     perturbations: tuple[str, ...] = ()
-    """Such as "A+B" "C"; in every context unless written as "A+B | B cells"."""
+    """Such as "A+B" "C"; in every context unless written as "A+B | B cells"; @FILE has one in each line."""
+    all_pairs: bool = False
+    """All pairs of perturbations that the screen has alone and not together."""
     part: Literal["train", "validation", "test"] | None = None
     """A part of the run's split instead."""
     cells: int = 256
@@ -68,19 +81,31 @@ class Predict(Command):
 
     def run(self) -> None:
         """Predict and write."""
-        if bool(self.perturbations) == (self.part is not None):
+        if sum((bool(self.perturbations), self.all_pairs, self.part is not None)) != 1:
             raise UserError(
                 "Nothing or two things to predict",
-                expected="either --perturbations or --part",
+                expected="one of --perturbations, --all-pairs and --part",
                 mend='--perturbations "A+B" or --part test',
             )
         run = self.changes.apply(Run.load(self.folder, screen=self.data, device=self.device))
-        conditions = self.part or self.perturbations
-        with bar("predicting", total=len(run.resolve(conditions)), quiet=self.quiet) as advance:
-            predicted = run.predict(conditions, cells=self.cells, seed=self.seed, advance=advance)
+        labels = self._pairs(run) if self.all_pairs else run.resolve(self.part or listed(self.perturbations))
+        with bar("predicting", total=len(labels), quiet=self.quiet) as advance:
+            predicted = run.predict(labels, cells=self.cells, seed=self.seed, advance=advance)
         _write(predicted, self.out)
         made = int((~predicted.obs["control"]).sum())
         say(f"{self.out}: {made:,} predicted cells, and {predicted.n_obs - made:,} control cells")
+
+    def _pairs(self, run: Run) -> list[Label]:
+        """Find all pairs that were not measured; those without a basis are left out, and named."""
+        pairs = all_pairs(run.model, run.screen)
+        left_out = set(unknown(run.model, pairs))
+        if left_out and len(left_out) < len(pairs):
+            named = ", ".join(map(str, sorted(left_out)[:3])) + (" ..." if len(left_out) > 3 else "")
+            told = (len(left_out), len(pairs), named)
+            log.warning("Left out, without a basis to predict them: %d of %d (%s)", *told)
+            pairs = [pair for pair in pairs if pair not in left_out]
+        say(f"{len(pairs)} pairs were not measured")
+        return pairs
 
 
 @dataclass(frozen=True, kw_only=True)

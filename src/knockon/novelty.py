@@ -1,0 +1,110 @@
+"""What a prediction has to extrapolate, in plain words."""
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from knockon.data.screen import Screen
+from knockon.evaluate.populations import exact, moments
+from knockon.types import Label
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experience:
+    """What a model was trained on.
+
+    Parameters
+    ----------
+    labels
+        Perturbed conditions.
+    largest
+        Length of the largest effect among them, in natural log1p units.
+    has_vectors
+        Whether the model has a vector for each perturbation.
+    """
+
+    labels: Collection[Label]
+    largest: float
+    has_vectors: bool = False
+
+    @classmethod
+    def of(cls, measured: Screen, *, has_vectors: bool = False) -> "Experience":
+        """Look at the training part of a screen, in log1p."""
+        return cls(labels=measured.conditions, largest=_largest(measured), has_vectors=has_vectors)
+
+    def warnings(self, label: Label, effect: float) -> list[str]:
+        """Say what of a condition is unlike training.
+
+        Parameters
+        ----------
+        label
+            A condition.
+        effect
+            Length of its predicted change.
+        """
+        found = [text for name in label.perturbations if (text := self._never_alone(name))]
+        found += self._new_doses(label)
+        wide = [x for x in self.labels if len(x.perturbations) > 1]
+        combined = {name for x in wide for name in x.perturbations}
+        if len(label.perturbations) > 1 and not combined.issuperset(label.perturbations):
+            new = [name for name in label.perturbations if name not in combined]
+            found.append(
+                f"never combined with anything: {', '.join(new)}"
+                if wide
+                else "no combination at all was measured"
+            )
+        found += self._new_context(label)
+        if effect > self.largest:
+            found.append(f"larger than any measured effect ({self.largest:.2f})")
+        return found
+
+    def _never_alone(self, name: str) -> str:
+        holding = [label for label in self.labels if name in label.perturbations]
+        if any(len(label.perturbations) == 1 for label in holding):
+            return ""
+        if holding:
+            return f"{name} was measured in combinations only"
+        return f"{name} was never measured" + (", only its vector is known" if self.has_vectors else "")
+
+    def _new_doses(self, label: Label) -> list[str]:
+        doses = defaultdict(set)
+        for known in self.labels:
+            for name, dose in zip(known.perturbations, known.doses, strict=True):
+                doses[name].add(dose)
+        return [
+            f"{name}@{dose:g} is outside the measured doses {min(doses[name]):g} to {max(doses[name]):g}"
+            for name, dose in zip(label.perturbations, label.doses, strict=True)
+            if name in doses and not min(doses[name]) <= dose <= max(doses[name])
+        ]
+
+    def _new_context(self, label: Label) -> list[str]:
+        here = [known for known in self.labels if known.covariates == label.covariates]
+        context = " | ".join(label.covariates)
+        if not here:
+            return [f"no perturbation was measured in {context}"]
+        names = {name for known in here for name in known.perturbations}
+        everywhere = {name for known in self.labels for name in known.perturbations}
+        new = [name for name in label.perturbations if name in everywhere - names]
+        return [f"not measured in {context}: {', '.join(new)}"] if new else []
+
+
+def _largest(measured: Screen) -> float:
+    """Length of the largest measured effect, without the part that the noise of its mean adds."""
+    squares = [0.0]
+    controls = {}
+    for label in measured.conditions:
+        rows = measured.control_rows(label)
+        if label.covariates not in controls:
+            controls[label.covariates] = _moments(measured, rows)
+        mean, noise = _moments(measured, measured.rows[label])
+        base, more = controls[label.covariates]
+        squares.append(float(np.square(mean - base).sum() - noise - more))
+    return float(np.sqrt(max(squares)))
+
+
+def _moments(screen: Screen, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean of cells, and the expected squared length of its error; of one cell, as if it had none."""
+    found = moments([exact(screen.matrix[rows])])
+    return found.mean[0], float(np.nan_to_num(found.variance[0]).sum() / len(rows))

@@ -10,15 +10,17 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from knockon.data import conventions, prepare, values
 from knockon.data.conventions import Columns
 from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
 from knockon.evaluate.pairs import read_prediction
+from knockon.evaluate.populations import mean
 from knockon.predict import all_pairs, draw, groups, unknown
 from knockon.run import Run
 from knockon.types import CP10K, Label, UserError
@@ -63,7 +65,7 @@ class Changes(ABC):
     measured: Screen
     whole: Screen
     total: float | None = None
-    """Sum that all counts of a cell were normalized to before ``log1p``; None where the file does not tell."""
+    """Sum that all counts of a cell were normalized to before ``log1p``; None where nobody knows."""
     has_vectors: bool = False
     """Whether the model was given a vector for each perturbation."""
 
@@ -71,7 +73,7 @@ class Changes(ABC):
     def controls(self) -> Mapping[tuple[str, ...], Float[np.ndarray, "genes"]]:
         """Mean of the control cells of each context."""
         controls = self.measured.select(self.measured.controls)
-        return {label.covariates: mean for label, mean in controls.means().items()}
+        return {label.covariates: found for label, found in controls.means().items()}
 
     def control(self, label: Label) -> Float[np.ndarray, "genes"]:
         """Mean of the control cells that a condition is compared with; all, where its context has none."""
@@ -82,8 +84,8 @@ class Changes(ABC):
 
     def observed(self, label: Label, draws: Draws) -> Float[np.ndarray, "draws genes"]:
         """Take the measured change of a condition, the same for every draw."""
-        (mean,) = self.measured.select([label]).means().values()
-        return np.tile(mean - self.control(label), (draws.draws, 1))
+        (found,) = self.measured.select([label]).means().values()
+        return np.tile(found - self.control(label), (draws.draws, 1))
 
     @abstractmethod
     def unknown(self, labels: Sequence[Label]) -> list[Label]:
@@ -101,7 +103,11 @@ class Changes(ABC):
     def draw(
         self, labels: Sequence[Label], draws: Draws
     ) -> Iterator[tuple[Label, Float[np.ndarray, "draws genes"]]]:
-        """Draw conditions, one after the other, as changes of the mean in natural log1p units."""
+        """Draw conditions, one after the other, as changes of the mean in natural log1p units.
+
+        A change is taken against the very control cells that were made into the predicted ones, so that most
+        of their noise cancels; over many draws that is against all control cells of the context.
+        """
 
 
 class OfRun(Changes):
@@ -134,18 +140,17 @@ class OfRun(Changes):
     ) -> Iterator[tuple[Label, Float[np.ndarray, "draws genes"]]]:
         """Generate cells and keep their means."""
         for group in groups(labels, draws.cells):
-            means = np.empty((len(group), draws.draws, len(self.whole.genes)))
+            changes = np.empty((len(group), draws.draws, len(self.whole.genes)))
             for turn in range(draws.draws):
                 made = draw(self.run.model, self.run.screen, group, cells=draws.cells, seed=draws.seed + turn)
-                for row, (cells, _) in enumerate(made):
-                    means[row, turn] = self._mean(cells.cpu().numpy())
-            for label, mean in zip(group, means, strict=True):
-                yield label, mean - self.control(label)
+                for row, (cells, origin) in enumerate(made):
+                    changes[row, turn] = self._mean(cells.cpu().numpy()) - mean(self.whole.matrix[origin])
+            yield from zip(group, changes, strict=True)
 
     def _mean(self, cells: Float[np.ndarray, "cells genes"]) -> Float[np.ndarray, "genes"]:
         if self.panel_total is None:
             return cells.mean(axis=0, dtype=np.float64)
-        return np.asarray(values.log1p(sp.csr_matrix(cells), self.panel_total).mean(axis=0)).ravel()
+        return mean(values.log1p(sp.csr_matrix(cells), self.panel_total))
 
 
 class OfFile(Changes):
@@ -179,6 +184,7 @@ class OfFile(Changes):
         self.predicted = _in_log1p(predicted, panel_total)
         self.whole = _in_log1p(prepare.apply(screen, panel), panel_total)
         self.measured = self.whole
+        self.origin = _origin(adata)
 
     def unknown(self, labels: Sequence[Label]) -> list[Label]:
         """List what the file lacks."""
@@ -222,8 +228,23 @@ class OfFile(Changes):
         for label in labels:
             rows = np.random.default_rng(draws.seed).permutation(self.predicted.rows[label])
             parts = np.array_split(rows, draws.draws)
-            means = np.stack([self.predicted.gather(part).mean(axis=0, dtype=np.float64) for part in parts])
-            yield label, means - self.control(label)
+            yield label, np.stack([self._change(part) for part in parts])
+
+    def _change(self, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "genes"]:
+        return mean(self.predicted.matrix[rows]) - mean(self.predicted.matrix[self.origin[rows]])
+
+
+def _origin(adata: AnnData) -> Int[np.ndarray, "cells"]:
+    """Row of the control cell that each cell was made from."""
+    names = adata.obs_names.astype(str)
+    asked = pd.Index(adata.obs["control_cell"].astype(str) if "control_cell" in adata.obs else [])
+    if len(asked) != len(names) or not names.is_unique or not asked.isin(names).all():
+        raise UserError(
+            "The prediction lacks control cells that its cells were made from",
+            expected='obs["control_cell"], and these cells below the predicted ones',
+            mend="take the whole file that knockon predict wrote",
+        )
+    return names.get_indexer(asked)
 
 
 def _in_log1p(screen: Screen, total: float | None) -> Screen:

@@ -200,7 +200,7 @@ def _mean(cells: AnnData, total: float | None) -> dict[str, float]:
                 mend="normalize the target cells as the screen was",
             )
         found = prepare.apply(found, Preparation(units="log1p", total=total))
-    elif None not in (found.total, total) and not np.isclose(found.total, total, rtol=0.02):
+    elif found.total and total and abs(found.total / total - 1) > 0.02:
         raise UserError(
             f"The target cells are log1p of counts per {found.total:g}",
             expected=f"counts per {total:g}, as the screen",

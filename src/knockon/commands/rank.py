@@ -65,7 +65,7 @@ class Rank(Command):
         with bar("ranking", total=len(labels), quiet=self.quiet) as advance:
             table = rank(source, labels, by=self.by, target=target, draws=self.draws, advance=advance)
         write_text(self.out, table.to_csv(index=False, float_format="%.5g"))
-        show(render(table[: self.top], self.by))
+        show(render(table.head(self.top), self.by))
         say(f"{self.out}: {int(table['rank'].notna().sum())} of {len(table)} candidates ranked by {self.by}")
 
     def _source(self) -> Changes:

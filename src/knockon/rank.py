@@ -262,7 +262,7 @@ def rank(
         advance()
     rows += [{"condition": str(x), "warning": "left out: no basis to predict it"} for x in left_out]
     table = pd.DataFrame(rows)
-    order = table["score"].rank(method="min", ascending=False)
+    order = pd.Series(table["score"]).rank(method="min", ascending=False)
     table.insert(0, "rank", order.astype("Int64"))
     return table.sort_values("rank", kind="stable", ignore_index=True)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/ranking.py [MODEL[:PRESET] ...] [--seed 0] [--runs FOLDER]
 
-The preset ``interaction`` measures 60 of the 120 pairs of its perturbations; the other 60 are ranked, and compared
-with the noise-free truth. The last line ranks fresh real cells of them, as many as a condition of the screen has:
-what an experiment would find.
+The preset ``interaction`` measures 60 of the 120 pairs of its perturbations; the other 60 are ranked, and
+compared with the noise-free truth. The last line ranks fresh real cells of them, as many as a condition of
+the screen has: what an experiment would find.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def line(name: str, source: Changes, pairs: list[str], scores: pd.DataFrame) -> 
 
 
 def main(show: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=["additive", "nearest", "linear"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path(tempfile.mkdtemp()))

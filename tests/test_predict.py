@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 from knockon import models
 from knockon.data import simulate
 from knockon.data.screen import Screen
 from knockon.model import Model
-from knockon.predict import Refusal, generate
-from knockon.types import Label, UserError
+from knockon.predict import Refusal, all_pairs, generate
+from knockon.types import Label, Spec, UserError
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,34 @@ def test_no_cells_is_a_message(screen: Screen, no_effect: Model) -> None:
         generate(no_effect, screen, screen.conditions[:1], cells=0)
     with pytest.raises(UserError, match="Unknown perturbation"):
         generate(no_effect, screen, [Label.of(["NOPE"])])
+
+
+def test_all_pairs_are_those_that_were_not_measured(screen: Screen, no_effect: Model) -> None:
+    pairs = all_pairs(no_effect, screen)
+    singles = {x.perturbations[0] for x in screen.conditions if len(x.perturbations) == 1}
+    doubles = {x for x in screen.conditions if len(x.perturbations) == 2}
+    assert len(pairs) == len(set(pairs)) == len(singles) * (len(singles) - 1) // 2 - len(doubles)
+    assert not doubles & set(pairs)
+
+
+def test_all_pairs_with_doses_and_contexts(no_effect: Model) -> None:
+    labels = [Label((), (), (context,)) for context in "xy"]
+    labels += [Label.of(["A"], [dose], [context]) for dose in (1.0, 10.0) for context in "xy"]
+    labels += [Label.of(["B"], [2.0], ["x"]), Label.of(["A", "B"], [1.0, 2.0], ["x"])]
+    screen = Screen(
+        matrix=sp.csr_matrix((len(labels), 2), dtype=np.float32),
+        genes=("g1", "g2"),
+        cells=[str(label) for label in labels],
+        rows={label: np.array([i]) for i, label in enumerate(labels)},
+    )
+    found = all_pairs(no_effect, screen)
+    assert sorted(map(str, found)) == ["A@1+B@2 | y", "A@10+B@2 | x", "A@10+B@2 | y"]
+    with pytest.raises(UserError, match="No pair"):
+        all_pairs(no_effect, screen.select(labels[:4]))
+
+
+def test_all_pairs_need_a_model_of_two(screen: Screen) -> None:
+    alone = [label for label in screen.conditions if len(label.perturbations) == 1]
+    model = models.recipe("no_effect").model.build(Spec(genes=screen.genes, perturbations=("A", "B")))
+    with pytest.raises(UserError, match="without combinations"):
+        all_pairs(model, screen.select([*screen.controls, *alone]))

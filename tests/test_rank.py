@@ -145,6 +145,18 @@ def test_planted_synergy_and_buffering_come_first() -> None:
     assert first["effect"] == pytest.approx(first["scale"] * first["expected"], rel=0.05)
 
 
+def test_a_change_that_leaves_the_sum_is_a_warning() -> None:
+    class Strange(World):
+        def truth(self, label: Label) -> np.ndarray:
+            elsewhere = 3.0 * (np.arange(GENES) < 20) if str(label) == "A+C" else 0.0
+            return super().truth(label) + elsewhere
+
+    table = rank(Strange({}), by="synergy")
+    strange = table["warning"].str.contains("mostly unlike the sum")
+    assert list(table["condition"][strange]) == ["A+C"]
+    assert "mostly unlike" not in "".join(rank(Strange({}), by="effect")["warning"])
+
+
 def test_effects_come_longest_first_with_their_genes() -> None:
     world = World({}, noise=0.01)
     table = rank(world, by="effect")

@@ -143,6 +143,9 @@ class _Question:
         expected = np.sum([parts[part] for part in self.parts(label)], axis=0) if parts else change
         value, details = self._score(label, change, expected)
         mean, effect = change.mean(0), length(square(change))
+        warnings = self.known.warnings(label, effect)
+        if parts and details["residual"] > details["expected"]:
+            warnings.append("mostly unlike the sum of its parts")
         ends = {"up": np.argsort(-mean, kind="stable"), "down": np.argsort(mean, kind="stable")}
         genes = self.source.measured.genes
         return {
@@ -156,7 +159,7 @@ class _Question:
                 name: " ".join(f"{genes[i]}{mean[i]:+.2f}" for i in order[:NAMED] if abs(mean[i]) > CHANGED)
                 for name, order in ends.items()
             },
-            "warning": "; ".join(self.known.warnings(label, effect)),
+            "warning": "; ".join(warnings),
         }
 
     def _score(

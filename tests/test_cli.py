@@ -293,19 +293,22 @@ def test_an_unwritable_folder(folder: Path, tmp_path: Path, refused: Callable[..
 
 
 def test_a_prediction_of_other_genes(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     predicted = anndata.read_h5ad(folder / "pred.h5ad")[:, 3:].copy()
+    predicted.write_h5ad(tmp_path / "p.h5ad")
     predicted.uns.pop("knockon")
     predicted.write_h5ad(tmp_path / "foreign.h5ad")
-    main(
-        [
-            *("evaluate", "--pred", str(tmp_path / "foreign.h5ad"), "--real", str(folder / "tiny.h5ad")),
-            *("--split", str(folder / "split.json"), "--out", str(tmp_path / "scores")),
-        ]
-    )
+    real = ["--real", str(folder / "tiny.h5ad"), "--split", str(folder / "split.json")]
+    main(["evaluate", "--pred", f"{tmp_path}/foreign.h5ad", *real, "--out", f"{tmp_path}/scores"])
     assert "lacks 3 of the screen's 80 genes, which count as wrong" in capsys.readouterr().err
-    assert (tmp_path / "scores" / "summary.csv").exists()
+    predicted.var_names = [f"ENSG{i}" for i in range(predicted.n_vars)]
+    predicted.write_h5ad(tmp_path / "strange.h5ad")
+    message = refused(
+        *("evaluate", "--pred", tmp_path / "strange.h5ad", *real, "--out", tmp_path / "none"),
+    )
+    assert "found ENSG0" in message
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_condition_with_one_cell(folder: Path, tmp_path: Path) -> None:

@@ -57,12 +57,12 @@ def load(path: Path, *, layer: str | None = None, backed: bool = False, option: 
     store = _open(path)
     try:
         obs, var = _table(store, "obs"), _table(store, "var")
-        layers = list(store["layers"]) if "layers" in store else []
+        layers, has_x = list(store["layers"]) if "layers" in store else [], "X" in store
     except Exception as error:  # damage shows itself as an error of any kind
         raise _unreadable(path, error) from error
-    choose_layer(layer, layers, has_x="X" in store, option=option)
-    element = store["X"] if layer is None else store[f"layers/{layer}"]
+    choose_layer(layer, layers, has_x=has_x, option=option)
     try:
+        element = store["X"] if layer is None else store[f"layers/{layer}"]
         values = _lazy(element, path) if backed else _memory(element)
         shape = cast(tuple[int, int], values.shape)
         if shape != (len(obs), len(var)):
@@ -99,7 +99,8 @@ def read_about(path: Path) -> Mapping[str, object]:
     """
     store = _open(path)
     try:
-        return about(read_elem(store["uns/knockon"]) if "uns/knockon" in store else None)
+        noted = store.get("uns/knockon")
+        return about(read_elem(noted) if isinstance(noted, h5py.Group | zarr.Group) else None)
     except Exception as error:  # damage shows itself as an error of any kind
         raise _unreadable(path, error) from error
 

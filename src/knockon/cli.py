@@ -197,7 +197,7 @@ class Evaluate(Command):
         found = read(self.pred, screen, reading)
         split = splits.make(self.split, screen) if self.split else found.split(screen)
         pairs = Pairs.of(found, screen, split)
-        verdict = scores.judge(pairs, split, self.suite, seed=self.seed)
+        verdict = scores.judge(pairs, split, self.suite, seed=self.seed, out=self.out)
         _table(verdict.write(self.out) if self.out else verdict.summary)
 
 

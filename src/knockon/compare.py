@@ -14,6 +14,7 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.portrait import Album
 from knockon.evaluate.summary import CEILING
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
@@ -62,7 +63,7 @@ def compare(
 ) -> pd.DataFrame:
     """Train, predict and score models; what lies in the folder already is not done again.
 
-    Writes ``runs/``, ``predictions/``, and the tables of ``Verdict.write``.
+    Writes ``runs/``, ``predictions/``, ``portraits/``, and the tables of ``Verdict.write``.
 
     Returns
     -------
@@ -78,6 +79,7 @@ def compare(
     _announce(split)
     found: list[pd.DataFrame] = []
     truth: Truth | None = None
+    album: Album | None = None
     fallback: Run | None = None
     for name, recipe in recipes.items():
         log.info("%s ...", name)
@@ -92,7 +94,10 @@ def compare(
         predicted = _predicted(run, fallback, path, comparison, quiet=options.quiet)
         if name == comparison.fallback:
             fallback = run
-        found.append(suites.score(Pairs.align(predicted, truth), comparison.suite).assign(model=name))
+        pairs = Pairs.align(predicted, truth)
+        found.append(suites.score(pairs, comparison.suite).assign(model=name))
+        album = album or Album.begin(folder, truth)
+        album.add(name, pairs)
     if truth is None or not found:
         raise UserError("No model could predict the test conditions", mend="choose other --models")
     top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=CEILING)

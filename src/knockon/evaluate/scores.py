@@ -16,6 +16,7 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import mean, num_cells
+from knockon.evaluate.portrait import Album
 from knockon.evaluate.prediction import Prediction, read
 from knockon.evaluate.suites import Asked, metric_named, score
 from knockon.evaluate.summary import BASELINES, CEILING
@@ -65,18 +66,32 @@ def evaluate(
     return judge(Pairs.of(found, screen, split), split, suite, seed=seed).scores
 
 
-def judge(pairs: Pairs, split: Split, suite: Asked = "core", *, seed: int = 0) -> Verdict:
-    """Score aligned cells beside the anchors, and say how they were aligned; see ``evaluate``."""
+def judge(
+    pairs: Pairs, split: Split, suite: Asked = "core", *, seed: int = 0, out: Path | None = None
+) -> Verdict:
+    """Score aligned cells beside the anchors, and say how they were aligned; see ``evaluate``.
+
+    With a folder ``out``, the portraits that a report shows are written to it.
+    """
     for note in pairs.notes:
         log.info(note)
     name = pairs.model if pairs.model not in (*BASELINES, CEILING) else "prediction"
+    album = None if out is None else Album.begin(out, pairs.truth)
+    if album:
+        album.add(name, pairs)
     scores = score(pairs, suite).assign(model=name)
-    scores = _ordered(scores, anchors(pairs.truth, split, suite, seed=seed))
+    scores = _ordered(scores, anchors(pairs.truth, split, suite, seed=seed, album=album))
     return Verdict(scores=scores, truth=pairs.truth, split=split, suite=suite)
 
 
 def anchors(
-    truth: Truth, split: Split, suite: Asked = "core", *, cells: int = 256, seed: int = 0
+    truth: Truth,
+    split: Split,
+    suite: Asked = "core",
+    *,
+    cells: int = 256,
+    seed: int = 0,
+    album: Album | None = None,
 ) -> pd.DataFrame:
     """Score the simple baselines, fitted on everything but test conditions, and the ceiling.
 
@@ -92,7 +107,10 @@ def anchors(
     for name, model in _baselines(train, screen.spec()):
         predicted = generate(model, screen, truth.labels, cells=cells, seed=seed)
         predicted.uns["knockon"] = {"units": model.units, "total": screen.total or -1.0}
-        tables.append(score(Pairs.align(predicted, truth), suite).assign(model=name))
+        pairs = Pairs.align(predicted, truth)
+        if album:
+            album.add(name, pairs)
+        tables.append(score(pairs, suite).assign(model=name))
     return _ordered(*tables, ceiling(truth, suite, seed=seed).assign(model=CEILING))
 
 

@@ -1,47 +1,62 @@
 """What a comparison found, to look at: a picture, and one HTML file that opens without a network."""
 
-from collections.abc import Hashable
-from importlib import resources
+import json
+import re
+import shlex
+from importlib import import_module, resources
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import jinja2
 import pandas as pd
-from markupsafe import Markup
 
-from knockon.evaluate.metrics import Metric
-from knockon.evaluate.suites import METRICS
-from knockon.evaluate.summary import CEILING, SUMMARY
+from knockon.evaluate import panel, portrait
+from knockon.evaluate.findings import Findings, RunCard, family, of_ours, sign
+from knockon.evaluate.payload import payload
+from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.files import write_text, written_aside
 from knockon.types import UserError
 
+FILES = resources.files("knockon.evaluate")
+
 
 def write(folder: str | Path, out: str | Path) -> None:
-    """Write one HTML file about a comparison: all that is in it is inside the file.
+    """Write one HTML file about a comparison or an evaluation: all that is in it is inside the file.
 
     Parameters
     ----------
     folder
-        With ``scores.csv`` and ``summary.csv``.
+        With ``scores.csv`` and ``summary.csv``; other files that knockon writes there are shown too.
     out
         The ``.html`` to write.
 
     Raises
     ------
     UserError
-        If the folder holds no comparison, or the file cannot be written.
+        If the folder holds no comparison, a file in it is damaged, or the page cannot be written.
     """
-    scores, summary = _read(Path(folder))
-    template = resources.files("knockon.evaluate").joinpath("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = _number
-    page = environment.from_string(template).render(
+    found = Findings.read(Path(folder))
+    jinja2, plotly = _installed("jinja2"), _installed("plotly.offline")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    data = payload(found, portrait.read(Path(folder)))
+    colors = panel.colors([*found.models, CEILING])
+    page = environment.from_string(_text("report.html")).render(
         title=Path(folder).resolve().name,
-        conditions=scores["condition"].nunique(),
-        picture=Markup(_drawing().inline_svg(summary)),
-        metrics=_explained(summary),
-        leaders=_leaders(summary),
-        tables=_by_condition(scores),
+        found=found,
+        colors={name: f"--light:{color.light};--dark:{color.dark}" for name, color in colors.items()},
+        panels=[_panel(found, name) for name in found.metrics],
+        families=list(dict.fromkeys(map(family, found.metrics))),
+        simple=BASELINES,
+        strata=_strata(found.strata),
+        runs=[_card(run) for run in found.runs],
+        command=_command(found),
+        data=_embedded(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
+        style=_embedded(_text("report.css")),
+        script=_embedded(_text("report.js") + _text("plots.js")),
+        plotly=_embedded(plotly.get_plotlyjs()),
     )
     write_text(Path(out), page)
 
@@ -61,71 +76,115 @@ def picture(folder: str | Path, out: str | Path) -> None:
     UserError
         If the folder holds no comparison, or the file cannot be written.
     """
-    _, summary = _read(Path(folder))
+    found = Findings.read(Path(folder))
     with written_aside(Path(out)) as aside:
-        _drawing().draw(summary).savefig(aside, dpi=160)
+        _installed("knockon.evaluate.picture").draw(found.summary).savefig(aside, dpi=160)
 
 
-def _drawing() -> ModuleType:
-    try:
-        from knockon.evaluate import picture  # noqa: PLC0415 - slow to import, and not always installed
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed", mend="pip install 'knockon[report]'") from error
-    return picture
+def number(value: object) -> str:
+    """Write three digits, as tables do; nothing for what is missing."""
+    if not isinstance(value, int | float) or pd.isna(value):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    wanted = {"scores.csv": ("model", "condition", "metric", "value"), "summary.csv": SUMMARY}
+def _panel(found: Findings, metric: str) -> dict[str, Any]:
+    """Place a metric's anchors and models on its strip: percent from the left, better to the right."""
+    table = found.summary.loc[found.summary["metric"] == metric]
+    floor, ceiling = panel.anchor(table, "floor"), panel.anchor(table, "ceiling")
+    left, right = panel.limits(table, sign(metric) or 1)
+    tests = _by_model(found.paired, metric)
+    best = (sign(metric) * table.loc[table["model"] != CEILING, "mean"]).max()
+
+    def place(value: float) -> float | None:
+        return None if pd.isna(value) else round(min(max(100 * (value - left) / (right - left), 0), 100), 2)
+
+    lines = {
+        model: line
+        | {f"{name}_at": place(line[name]) for name in ("mean", "low", "high")}
+        | {"off": place(line["mean"]) == 0, "best": sign(metric) * line["mean"] == best}
+        | {"test": tests.get(model)}
+        for model, line in _by_model(found.summary, metric).items()
+    }
+    return {
+        "name": metric,
+        "family": family(metric),
+        "sign": sign(metric),
+        "about": getattr(of_ours(metric), "about", ""),
+        "how": getattr(of_ours(metric), "how", ""),
+        "perfect": getattr(of_ours(metric), "best", None),
+        "floor": floor,
+        "ceiling": ceiling,
+        "floor_at": place(floor),
+        "ceiling_at": place(ceiling),
+        "lines": lines,
+    }
+
+
+def _by_model(table: pd.DataFrame, metric: str) -> dict[str, dict[str, Any]]:
+    """Lines of a metric, by model."""
+    part = table.loc[table["metric"] == metric].set_index("model", drop=False)
+    return {str(model): {str(key): value for key, value in line.items()} for model, line in part.iterrows()}
+
+
+def _strata(strata: pd.DataFrame) -> list[dict[str, Any]]:
+    """Tabulate each kind of stratum: lines of a model and metric, a column for each stratum."""
     tables = []
-    for name, columns in wanted.items():
-        try:
-            table = pd.read_csv(folder / name, keep_default_na=False, na_values=[""])
-            tables.append(table.loc[:, list(columns)].astype({"model": str, "metric": str}))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"Cannot read {folder / name} ({str(error).splitlines()[0]})",
-                expected=f"a table with the columns {', '.join(columns)}",
-                mend="give the folder that knockon compare or evaluate wrote",
-            ) from error
-    return tables[0], tables[1]
-
-
-def _leaders(summary: pd.DataFrame) -> list[tuple[str, float, dict[Hashable, dict[str, object]]]]:
-    """Models from best to worst mean rank over metrics, each with its lines of the summary by metric.
-
-    A line has besides: ``place`` between floor (0) and ceiling (100), and ``is_best``.
-    """
-    table = pd.DataFrame(summary.loc[summary["model"] != CEILING])
-    sign = 1 - 2 * table["metric"].isin([m.name for m in METRICS if m.direction == "lower"])
-    better = sign * table["mean"]
-    room = pd.Series(sign * (table["ceiling"] - table["floor"]))
-    place = 100 * (better - sign * table["floor"]) / room.where(room > 0)
-    by_metric = better.groupby(table["metric"])
-    table = table.assign(
-        place=place.clip(0, 100).fillna(0),
-        is_best=better == by_metric.transform("max"),
-        rank=by_metric.rank(ascending=False),
-    )
-    order = pd.Series(table.groupby("model", sort=False)["rank"].mean()).sort_values(kind="stable")
-    lines = {model: part.set_index("metric").to_dict("index") for model, part in table.groupby("model")}
-    return [(str(model), rank, lines[model]) for model, rank in order.items()]
-
-
-def _by_condition(scores: pd.DataFrame) -> list[tuple[str, list[str], list[tuple[str, list[float]]]]]:
-    """For each metric: its models, and their values for each condition."""
-    tables = []
-    for name, part in scores.groupby("metric", sort=False):
-        wide = part.pivot_table(index="condition", columns="model", values="value", sort=False)
-        rows = [(str(label), list(values)) for label, values in zip(wide.index, wide.to_numpy(), strict=True)]
-        tables.append((str(name), [str(model) for model in wide.columns], rows))
+    for by in strata["by"].unique():
+        part = strata.loc[strata["by"] == by]
+        counts = part.groupby("stratum", sort=False)["conditions"].max()
+        wide = part.pivot_table(index=["metric", "model"], columns="stratum", values="mean", sort=False)
+        lines = zip(wide.index.tolist(), wide[list(counts.index)].to_numpy().tolist(), strict=True)
+        rows = [(metric, model, values) for (metric, model), values in lines]
+        tables.append({"by": str(by), "columns": counts.to_dict(), "rows": rows})
     return tables
 
 
-def _explained(summary: pd.DataFrame) -> list[tuple[Metric, str, dict[Hashable, object]]]:
-    """Each metric with the first line of its documentation, and its anchors."""
-    anchors = summary.drop_duplicates("metric").set_index("metric").to_dict("index")
-    return [(metric, metric.about, anchors[metric.name]) for metric in METRICS if metric.name in anchors]
+def _card(run: RunCard) -> dict[str, Any]:
+    """Choose what to show of a run."""
+    record = run.record
+    return {
+        "name": run.name,
+        "numbers": run.numbers,
+        "steps": record.get("steps"),
+        "seconds": record.get("seconds"),
+        "device": record.get("device", ""),
+        "settings": {part: record.get(part) or {} for part in ("config", "train")},
+        "versions": record.get("versions", {}),
+        "digests": {"screen": record.get("screen", ""), **record.get("files", {})},
+    }
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if pd.notna(value) else ""
+def _command(found: Findings) -> str:
+    """Write the command that makes a comparison again, as far as its runs tell; none for an evaluation."""
+    if not found.runs:
+        return ""
+    record = found.runs[0].record
+    options = [
+        text
+        for key, value in record.get("columns", {}).items()
+        if value
+        for text in (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)]))
+    ]
+    split = found.folder / "runs" / found.runs[0].name / "split.json"
+    words = ["knockon", "compare", "--data", record.get("source") or "SCREEN.h5ad", *options]
+    words += ["--split", str(split), "--models", *(run.name for run in found.runs if "/" not in run.name)]
+    return shlex.join([*words, "--out", "AGAIN"])
+
+
+def _text(name: str) -> str:
+    return FILES.joinpath(name).read_text(encoding="utf-8")
+
+
+def _embedded(text: str) -> Any:
+    """Text as it is inside of a script or a style, which it cannot end."""
+    safe = re.sub("<(?=/script|/style|!--)", r"\\x3c", text, flags=re.IGNORECASE)
+    return _installed("markupsafe").Markup(safe)
+
+
+def _installed(name: str) -> ModuleType:
+    """Import what not everyone has installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed", mend="pip install 'knockon[report]'") from error

@@ -171,25 +171,24 @@ class Findings:
         if not others:
             return f"Only simple baselines were compared; {self.models[0]} ranks first."
         best = others[0]
-        won, of = self.wins(best)
-        reach = self.calibrated.get(best)
-        first = f"{best} ranks first"
+        leads = f"{best} ranks first: it"
         if best != self.models[0]:
-            first = f"{self.models[0]}, a simple baseline, ranks first; the best model is {best}"
+            leads = (
+                f"{self.models[0]}, a simple baseline, ranks first. Of the others, {best} comes closest: it"
+            )
+        won, of = self.wins(best)
         if not of:
-            return f"{first}. There is no simple baseline to compare it with."
-        text = f"{first}. It beats the best simple baseline in {won} of {of} metrics"
+            return f"{best} ranks first. There is no simple baseline to compare it with."
+        text = f"{leads} beats the best simple baseline in {won} of {_many(of, 'metric')}"
         ahead, behind = self.proven(best)
-        text += f" ({ahead} beyond chance)" if ahead else ""
-        text += f" and is clearly behind in {behind}" if behind else ""
+        text += f" ({ahead} of them beyond chance)" if ahead else ""
+        text += f", is behind beyond chance in {behind}," if behind else ""
+        reach = self.calibrated.get(best)
         if reach is None:
             return text + "."
         if reach <= 0:
-            return text + "; in the typical metric it does not get beyond that baseline toward a replicate."
-        return (
-            text
-            + f"; in the typical metric it goes {reach:.0%} of the way from that baseline to a replicate."
-        )
+            return text + " and does not get past it in the median metric."
+        return text + f" and gets {reach:.0%} of the way from it to a replicate in the median metric."
 
     def caution(self) -> str:
         """Say what limits the answer."""

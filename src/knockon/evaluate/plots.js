@@ -73,8 +73,10 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 const colorOf = (model) => (modelOf(model)?.color ?? ["#0072b2", "#4da3e0"])[isDark() ? 1 : 0];
 const alpha = (color, share) => color + Math.round(share * 255).toString(16).padStart(2, "0");
 
+const MARGIN = { l: 56, r: 12, t: 30, b: 44 };
+
 function axis(title, more = {}) {
-  return { title: { text: title, font: { size: 12.5 } }, gridcolor: css("--faint"), zerolinecolor: css("--soft"), zerolinewidth: 1, linecolor: css("--faint"), automargin: true, ...more };
+  return { title: { text: title, font: { size: 12.5 } }, gridcolor: css("--faint"), zerolinecolor: css("--soft"), zerolinewidth: 1, linecolor: css("--faint"), ...more };
 }
 
 function draw(place, traces, layout) {
@@ -83,7 +85,7 @@ function draw(place, traces, layout) {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--ink"), family: getComputedStyle(document.body).fontFamily, size: 12 },
-      margin: { l: 10, r: 10, t: 8, b: 10 },
+      margin: MARGIN,
       hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--soft"), font: { color: css("--ink") } },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
@@ -103,28 +105,39 @@ function clear(place) {
   if (place.firstElementChild?.tagName === "P") place.replaceChildren();
 }
 
-/** A line from corner to corner on which two values are equal. */
-function diagonal(values) {
-  const known = values.filter((value) => !Number.isNaN(value));
-  const reach = [Math.min(0, ...known), Math.max(0, ...known)];
-  return { x: reach, y: reach, mode: "lines", line: { color: css("--soft"), width: 1, dash: "dot" }, hoverinfo: "skip", showlegend: false };
+/** From the least to the greatest of some values and 0, and a little more. */
+function reach(...values) {
+  const known = values.flat().filter(Number.isFinite);
+  const [low, high] = [Math.min(0, ...known), Math.max(0, ...known)];
+  const margin = 0.06 * (high - low || 1);
+  return [low - margin, high + margin];
 }
 
-/** Names beside the outermost points, as many as find room without covering each other. */
-function labels(place, x, y, names, most = 9) {
-  const span = (values) => Math.max(...values.filter(Number.isFinite)) - Math.min(...values.filter(Number.isFinite)) || 1;
-  const scale = [(place.clientWidth - 70) / span(x), (place.clientHeight - 80) / span(y)];
-  const middle = (Math.max(...x.filter(Number.isFinite)) + Math.min(...x.filter(Number.isFinite))) / 2;
-  const far = names.map((_, i) => i).filter((i) => Number.isFinite(x[i]) && Number.isFinite(y[i]));
-  far.sort((a, b) => Math.abs(x[b]) + Math.abs(y[b]) - Math.abs(x[a]) - Math.abs(y[a]));
+/** A line on which two values are equal. */
+function diagonal(range) {
+  return { x: range, y: range, mode: "lines", line: { color: css("--soft"), width: 1, dash: "dot" }, hoverinfo: "skip", showlegend: false };
+}
+
+/** Names beside the outermost points, as many as find room without covering each other or a point. */
+function labels(place, x, y, names, ranges, others = []) {
+  const across = (value) => ((value - ranges[0][0]) / (ranges[0][1] - ranges[0][0])) * (place.clientWidth - MARGIN.l - MARGIN.r);
+  const down = (value) => ((value - ranges[1][0]) / (ranges[1][1] - ranges[1][0])) * (place.clientHeight - MARGIN.t - MARGIN.b);
+  const points = names.map((_, i) => i).filter((i) => Number.isFinite(x[i]) && Number.isFinite(y[i]));
+  const spots = [...points.map((i) => [x[i], y[i]]), ...others].map(([h, v]) => [across(h), down(v)]);
+  points.sort((a, b) => Math.abs(x[b]) + Math.abs(y[b]) - Math.abs(x[a]) - Math.abs(y[a]));
   const placed = [];
-  for (const i of far.slice(0, 40)) {
-    const width = 7 * names[i].length + 10;
-    const left = x[i] * scale[0] - (x[i] > middle ? width : 0);
-    const box = [left, left + width, y[i] * scale[1]];
-    if (placed.length < most && placed.every((other) => box[1] < other[0] || box[0] > other[1] || Math.abs(box[2] - other[2]) > 16)) placed.push([...box, i]);
+  for (const i of points.slice(0, 60)) {
+    const width = 6.6 * names[i].length + 4;
+    const side = across(x[i]) + width + 8 > place.clientWidth - MARGIN.l - MARGIN.r ? -1 : x[i] < 0 && across(x[i]) > width + 8 ? -1 : 1;
+    const near = across(x[i]) + side * 7;
+    const [left, right] = side < 0 ? [near - width, near] : [near, near + width];
+    const level = down(y[i]);
+    const isFree = placed.every((other) => right < other.left - 3 || left > other.right + 3 || Math.abs(level - other.level) > 15);
+    const isBare = spots.every(([h, v]) => h < left || h > right || Math.abs(level - v) > 8);
+    if (isFree && isBare) placed.push({ left, right, level, side, i });
+    if (placed.length === 10) break;
   }
-  return placed.map(([, , , i]) => ({ x: x[i], y: y[i], text: safe(names[i]), showarrow: false, xanchor: x[i] > middle ? "right" : "left", xshift: x[i] > middle ? -6 : 6, font: { size: 11, color: css("--soft") } }));
+  return placed.map(({ side, i }) => ({ x: x[i], y: y[i], text: safe(names[i]), showarrow: false, xanchor: side < 0 ? "right" : "left", xshift: 7 * side, font: { size: 11, color: css("--soft") } }));
 }
 
 const signed = (value) => (Number.isNaN(value) ? "unknown" : (value > 0 ? "+" : "") + value.toFixed(2));
@@ -137,12 +150,13 @@ function drawChange(place, who) {
   const color = colorOf(state.model);
   const hover = (genes, level, x, y) => genes.map((gene, i) => `<b>${safe(gene)}</b><br>observed ${signed(x[i])}<br>predicted ${signed(y[i])}<br>mean in control ${level[i].toFixed(2)}`);
   const mine = { x: who.change, y: who.predicted.change };
+  const range = reach(mine.x, mine.y, who.own.real, who.own.change);
   const traces = [
-    diagonal([...mine.x, ...mine.y]),
+    diagonal(range),
     { ...mine, mode: "markers", type: "scatter", name: safe(state.model), text: hover(who.genes, who.level, mine.x, mine.y), hoverinfo: "text", marker: { color: alpha(color, 0.6), size: who.genes.map((gene) => (who.targets.has(gene) ? 13 : 7)), symbol: who.genes.map((gene) => (who.targets.has(gene) ? "star" : "circle")), line: { color: css("--card"), width: 0.6 } } },
     { x: who.own.real, y: who.own.change, mode: "markers", type: "scatter", name: "only the model changes", text: hover(who.own.genes, who.own.level, who.own.real, who.own.change), hoverinfo: "text", marker: { color, size: 7, symbol: "diamond-open" } },
   ];
-  return draw(place, traces, { xaxis: axis("observed change (log1p)"), yaxis: axis("predicted change (log1p)"), showlegend: false, annotations: labels(place, mine.x, mine.y, who.genes), hovermode: "closest" });
+  return draw(place, traces, { xaxis: axis("observed change (log1p)", { range }), yaxis: axis("predicted change (log1p)", { range }), showlegend: false, annotations: labels(place, mine.x, mine.y, who.genes, [range, range], who.own.real.map((value, i) => [value, who.own.change[i]])), hovermode: "closest" });
 }
 
 function drawGenes(place, who) {
@@ -155,18 +169,24 @@ function drawGenes(place, who) {
     ["real", who.real, css("--ink")],
     ...(who.predicted ? [[safe(state.model), who.predicted, colorOf(state.model)]] : []),
   ];
-  const violins = sides.map(([name, side, color]) => {
-    const pairs = side.quantiles.slice(0, many).flatMap((values, i) => values.filter((value) => !Number.isNaN(value)).map((value) => [genes[i], value]));
-    return { type: "violin", name, legendgroup: name, scalegroup: name, x: pairs.map(([gene]) => gene), y: pairs.map(([, value]) => value), points: false, spanmode: "hard", width: 0.27, box: { visible: true, width: 0.35 }, line: { color, width: 1.2 }, fillcolor: alpha(color, 0.3), hoverinfo: "y+name", showlegend: false };
-  });
-  const bars = sides.map(([name, side, color]) => ({
-    type: "bar", name, legendgroup: name, x: genes, y: side.zeros.slice(0, many).map((share) => (Number.isNaN(share) ? null : 100 * share)), yaxis: "y2", marker: { color: alpha(color, 0.75) }, hovertemplate: "silent in %{y:.0f} % of cells<extra>%{fullData.name}</extra>",
+  const width = 0.8 / sides.length;
+  const at = (i, s) => i + (s - (sides.length - 1) / 2) * width;
+  const violins = sides.flatMap(([name, side, color], s) =>
+    side.quantiles.slice(0, many).map((values, i) => ({
+      type: "violin", name, legendgroup: name, x0: at(i, s), y: values.filter((value) => !Number.isNaN(value)), points: false, spanmode: "hard", scalemode: "width", width: 0.95 * width, box: { visible: true, width: 0.3 }, line: { color, width: 1.1 }, fillcolor: alpha(color, 0.3), hoverinfo: "y+name", hoveron: "violins", showlegend: false,
+    })),
+  );
+  const bars = sides.map(([name, side, color], s) => ({
+    type: "bar", name, legendgroup: name, x: genes.map((_, i) => at(i, s)), width: 0.9 * width, y: side.zeros.slice(0, many).map((share) => (Number.isNaN(share) ? null : 100 * share)), yaxis: "y2", marker: { color: alpha(color, 0.75) }, text: genes, textposition: "none", hovertemplate: "%{text}: silent in %{y:.0f} % of cells<extra>%{fullData.name}</extra>",
   }));
-  return draw(place, [...violins, ...bars], {
-    violinmode: "group", bargap: 0.25, bargroupgap: 0.1, violingap: 0.1,
-    xaxis: axis("", { anchor: "y2", tickangle: genes.some((gene) => gene.length > 7) ? -35 : 0, categoryorder: "array", categoryarray: genes, showgrid: false, type: "category" }),
-    yaxis: axis("expression (log1p)", { domain: [0.36, 1], rangemode: "tozero" }),
-    yaxis2: axis("silent, %", { domain: [0, 0.27], range: [0, 100], dtick: 50 }),
+  const ticks = { tickmode: "array", tickvals: genes.map((_, i) => i), ticktext: genes, range: [-0.5, many - 0.5], showgrid: false, zeroline: false };
+  return draw(place, [...violins.filter((one) => one.y.length), ...bars], {
+    barmode: "overlay",
+    violinmode: "overlay",
+    margin: { ...MARGIN, b: genes.some((gene) => gene.length > 7) ? 70 : 30 },
+    xaxis: axis("", { anchor: "y2", tickangle: genes.some((gene) => gene.length > 7) ? -35 : 0, ...ticks }),
+    yaxis: axis("expression (log1p)", { domain: [0.34, 1], rangemode: "tozero" }),
+    yaxis2: axis("silent, %", { domain: [0, 0.26], range: [0, 100], dtick: 50 }),
   });
 }
 
@@ -215,15 +235,17 @@ function drawInteraction(place, who) {
     const x = real.map((value, i) => value - sum[i]);
     const y = predicted.map((value, i) => value - sum[i]);
     const text = genes.map((gene, i) => `<b>${safe(gene)}</b><br>beyond the sum, observed ${signed(x[i])}<br>predicted ${signed(y[i])}`);
-    return draw(place, [diagonal([...x, ...y]), { type: "scatter", mode: "markers", name: safe(state.model), x, y, text, hoverinfo: "text", marker: { color: alpha(color, 0.6), size: 7 } }], { xaxis: axis("observed change beyond the sum"), yaxis: axis("predicted change beyond the sum"), showlegend: false, annotations: labels(place, x, y, genes, 7), hovermode: "closest" });
+    const range = reach(x, y);
+    return draw(place, [diagonal(range), { type: "scatter", mode: "markers", name: safe(state.model), x, y, text, hoverinfo: "text", marker: { color: alpha(color, 0.6), size: 7 } }], { xaxis: axis("observed, beyond the sum", { range }), yaxis: axis("predicted, beyond the sum", { range }), showlegend: false, annotations: labels(place, x, y, genes, [range, range]), hovermode: "closest" });
   }
   const hover = (what, values) => genes.map((gene, i) => `<b>${safe(gene)}</b><br>sum of single effects ${signed(sum[i])}<br>${what} ${signed(values[i])}`);
+  const range = reach(sum, real, predicted ?? []);
   const traces = [
-    diagonal([...sum, ...real]),
+    diagonal(range),
     { type: "scatter", mode: "markers", name: "real", x: sum, y: real, text: hover("observed", real), hoverinfo: "text", marker: { color: alpha(css("--ink"), 0.5), size: 7 } },
   ];
   if (predicted) traces.push({ type: "scatter", mode: "markers", name: safe(state.model), x: sum, y: predicted, text: hover("predicted", predicted), hoverinfo: "text", marker: { color, size: 7, symbol: "x-thin-open", line: { width: 1.3, color } } });
-  return draw(place, traces, { xaxis: axis("sum of single effects (log1p)"), yaxis: axis("change under both (log1p)"), annotations: labels(place, sum, real, genes, 7), hovermode: "closest" });
+  return draw(place, traces, { xaxis: axis("sum of single effects (log1p)", { range }), yaxis: axis("change under both (log1p)", { range }), annotations: labels(place, sum, real, genes, [range, range], (predicted ?? []).map((value, i) => [sum[i], value])), hovermode: "closest" });
 }
 
 function drawCurve(place) {

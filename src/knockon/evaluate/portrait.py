@@ -146,7 +146,7 @@ class Album:
     def begin(cls, folder: Path, truth: Truth) -> "Album":
         """Write the real side."""
         album = cls(folder=folder, truth=truth)
-        _write(folder / FOLDER / TRUTH, album.scene)
+        save(folder, album.scene)
         return album
 
     def add(self, name: str, pairs: Pairs) -> None:
@@ -166,7 +166,7 @@ class Album:
             own_change=_take(change, own),
             cells=self._side(pairs.cells, rows),
         )
-        _write(_path(self.folder, name), made)
+        save(self.folder, made, name)
 
     @cached_property
     def scene(self) -> Scene:
@@ -301,20 +301,18 @@ def _take(
 # ---- files -----------------------------------------------------------------------------------------
 
 
-def _path(folder: Path, name: str) -> Path:
-    return folder / FOLDER / "models" / f"{quote(name, safe=' ')}.npz"
-
-
-def _write(path: Path, value: Scene | Portrait) -> None:
-    """Write arrays, and texts as arrays of text: nothing that executes."""
+def save(folder: Path, value: Scene | Portrait, name: str = "") -> None:
+    """Write a scene, or the portrait of a model: arrays of numbers and of text, nothing that executes."""
+    path = folder / FOLDER / (f"models/{quote(name, safe=' ')}.npz" if isinstance(value, Portrait) else TRUTH)
     arrays: dict[str, np.ndarray] = {}
-    for name, item in ((field.name, getattr(value, field.name)) for field in fields(value)):
+    for key in (field.name for field in fields(value)):
+        item = getattr(value, key)
         if isinstance(item, Side):
-            arrays |= {f"{name}.{key}": array for key, array in asdict(item).items()}
+            arrays |= {f"{key}.{part}": array for part, array in asdict(item).items()}
         else:
-            arrays[name] = np.array(item)
+            arrays[key] = np.array(item)
     small = {
-        name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in arrays.items()
+        key: array.astype(np.float32) if array.dtype.kind == "f" else array for key, array in arrays.items()
     }
     with written_aside(path) as aside:
         np.savez_compressed(aside, allow_pickle=False, **small)
@@ -344,7 +342,7 @@ def _read(path: Path, kind: type[Kind]) -> Kind:
         with np.load(path, allow_pickle=False) as file:
             stored = dict(file)
         return kind(**{field.name: _value(stored, field.name) for field in fields(kind)})
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
         raise UserError(
             f"Cannot read {path} ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             expected="what knockon compare or evaluate wrote",

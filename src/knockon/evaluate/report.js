@@ -13,10 +13,12 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** Three digits, as in the tables of the page. */
 function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "";
-  const text = Number.isInteger(value) ? value.toLocaleString("en") : Number(value.toPrecision(3)).toString();
-  return text.replace("-", "\u2212");
+  const size = Math.abs(value);
+  const text = Number.isInteger(value) || size >= 1000 ? Math.round(value).toLocaleString("en") : size < 1e-4 ? value.toExponential(1) : value.toPrecision(3);
+  return text.replaceAll("-", "\u2212");
 }
 
 // ---- theme -----------------------------------------------------------------------------------------

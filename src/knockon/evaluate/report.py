@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from importlib import import_module, resources
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,10 +83,15 @@ def picture(folder: str | Path, out: str | Path) -> None:
 
 
 def number(value: object) -> str:
-    """Write three digits, as tables do; nothing for what is missing."""
-    if not isinstance(value, int | float) or pd.isna(value):
+    """Write three digits, as all tables of the page do; nothing for what is missing."""
+    if not isinstance(value, Real) or pd.isna(value):
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+    size = abs(float(value))
+    if isinstance(value, Integral) or size >= 1000 or size == 0:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:#.3g}".rstrip(".") if size >= 1e-4 else f"{value:.1e}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _panel(found: Findings, metric: str) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class Findings:
         leads = f"{best} ranks first: it"
         if best != self.models[0]:
             leads = (
-                f"{self.models[0]}, a simple baseline, ranks first. Of the others, {best} comes closest: it"
+                f"The simple baseline {self.models[0]} ranks first. Of the others, {best} comes closest: it"
             )
         won, of = self.wins(best)
         if not of:

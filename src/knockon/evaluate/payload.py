@@ -82,7 +82,7 @@ def _portraits(found: Findings, scene: Scene, portraits: Mapping[str, Portrait])
     return {
         "genes": scene.genes,
         "conditions": scene.conditions,
-        "effect": [_short(value) for value in scene.effect],
+        "effect": [_short(value) for value in scene.effect.tolist()],
         "shown": encode(scene.shown),
         "level": encode(scene.level),
         "change": encode(scene.change),

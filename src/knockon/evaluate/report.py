@@ -1,6 +1,7 @@
 """What a comparison found, to look at: a picture, and one HTML file that opens without a network."""
 
 import json
+import math
 import re
 import shlex
 from importlib import import_module, resources
@@ -84,7 +85,7 @@ def picture(folder: str | Path, out: str | Path) -> None:
 
 def number(value: object) -> str:
     """Write three digits, as all tables of the page do; nothing for what is missing."""
-    if not isinstance(value, Real) or pd.isna(value):
+    if not isinstance(value, Real) or math.isnan(float(value)):
         return ""
     size = abs(float(value))
     if isinstance(value, Integral) or size >= 1000 or size == 0:

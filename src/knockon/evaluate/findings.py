@@ -152,18 +152,26 @@ class Findings:
         found = self.about.get(part)
         return found if isinstance(found, dict) else {}
 
+    def family(self, metric: str) -> str:
+        """Name the suite that a metric is of: one that was asked for, if it is of several."""
+        asked = self.about.get("suites") or []
+        found = [suite.name for suite in SUITES if any(one.name == metric for one in suite.metrics)]
+        return next((name for name in found if name in asked), found[0] if found else "other")
+
     # ---- in words ----------------------------------------------------------------------------------
 
     def question(self) -> str:
         """Say what was asked."""
         many = len(self.conditions)
-        text = f"{_many(len(self.models), 'model')} predicted {_many(many, 'held-out condition')}"
+        simple = sum(name in BASELINES for name in self.models)
+        told = f" ({simple} of them simple baselines)" if simple else ""
+        text = f"{_many(len(self.models), 'model')}{told} predicted {_many(many, 'held-out condition')}"
         screen, split = self.told("screen"), self.told("split")
         if screen:
             text += f" of a screen of {screen.get('cells', 0):,} cells and {screen.get('genes', 0):,} genes"
         if split:
             text += f" (split: {split.get('kind')}, seed {split.get('seed')})"
-        return text + ". No model saw a cell of them."
+        return text + "."
 
     def answer(self) -> str:
         """Say what to take away: who leads, by how much over the baselines, and how far from the ceiling."""
@@ -212,12 +220,6 @@ def sign(metric: str) -> int:
 def of_ours(metric: str) -> Metric | None:
     """Find a metric by its name."""
     return next((one for one in METRICS if one.name == metric), None)
-
-
-def family(metric: str) -> str:
-    """Name the first suite that has a metric."""
-    suites = [suite.name for suite in SUITES if any(one.name == metric for one in suite.metrics)]
-    return suites[0] if suites else "other"
 
 
 def _many(count: int, what: str) -> str:

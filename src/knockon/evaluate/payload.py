@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Num
 
 from knockon.evaluate import panel
-from knockon.evaluate.findings import Findings, RunCard, family, of_ours, sign
+from knockon.evaluate.findings import Findings, RunCard, of_ours, sign
 from knockon.evaluate.portrait import Portrait, Scene, Side
 from knockon.evaluate.summary import BASELINES, CEILING
 
@@ -34,7 +34,7 @@ def payload(found: Findings, album: tuple[Scene, Mapping[str, Portrait]] | None)
             {
                 "name": name,
                 "sign": sign(name),
-                "family": family(name),
+                "family": found.family(name),
                 "about": getattr(of_ours(name), "about", ""),
                 "baseline": found.baselines.get(name),
             }

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from knockon.evaluate import panel, portrait
-from knockon.evaluate.findings import Findings, RunCard, family, of_ours, sign
+from knockon.evaluate.findings import Findings, RunCard, of_ours, sign
 from knockon.evaluate.payload import payload
 from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.files import write_text, written_aside
@@ -50,7 +50,7 @@ def write(folder: str | Path, out: str | Path) -> None:
         found=found,
         colors={name: f"--light:{color.light};--dark:{color.dark}" for name, color in colors.items()},
         panels=[_panel(found, name) for name in found.metrics],
-        families=list(dict.fromkeys(map(family, found.metrics))),
+        families=list(dict.fromkeys(map(found.family, found.metrics))),
         simple=BASELINES,
         strata=_strata(found.strata),
         runs=[_card(run) for run in found.runs],
@@ -89,7 +89,7 @@ def number(value: object) -> str:
         return ""
     size = abs(float(value))
     if isinstance(value, Integral) or size >= 1000 or size == 0:
-        text = f"{value:,.0f}"
+        text = f"{value or 0:,.0f}"
     else:
         text = f"{value:#.3g}".rstrip(".") if size >= 1e-4 else f"{value:.1e}"
     return text.replace("-", "\N{MINUS SIGN}")
@@ -115,7 +115,7 @@ def _panel(found: Findings, metric: str) -> dict[str, Any]:
     }
     return {
         "name": metric,
-        "family": family(metric),
+        "family": found.family(metric),
         "sign": sign(metric),
         "about": getattr(of_ours(metric), "about", ""),
         "how": getattr(of_ours(metric), "how", ""),

@@ -156,7 +156,7 @@ function drawChange(place, who) {
     { ...mine, mode: "markers", type: "scatter", name: safe(state.model), text: hover(who.genes, who.level, mine.x, mine.y), hoverinfo: "text", marker: { color: alpha(color, 0.6), size: who.genes.map((gene) => (who.targets.has(gene) ? 13 : 7)), symbol: who.genes.map((gene) => (who.targets.has(gene) ? "star" : "circle")), line: { color: css("--card"), width: 0.6 } } },
     { x: who.own.real, y: who.own.change, mode: "markers", type: "scatter", name: "only the model changes", text: hover(who.own.genes, who.own.level, who.own.real, who.own.change), hoverinfo: "text", marker: { color, size: 7, symbol: "diamond-open" } },
   ];
-  return draw(place, traces, { xaxis: axis("observed change (log1p)", { range }), yaxis: axis("predicted change (log1p)", { range }), showlegend: false, annotations: labels(place, mine.x, mine.y, who.genes, [range, range], who.own.real.map((value, i) => [value, who.own.change[i]])), hovermode: "closest" });
+  return draw(place, traces, { xaxis: axis("observed change (log1p)", { range }), yaxis: axis("predicted change (log1p)", { range }), showlegend: false, margin: { ...MARGIN, t: 10 }, annotations: labels(place, mine.x, mine.y, who.genes, [range, range], who.own.real.map((value, i) => [value, who.own.change[i]])), hovermode: "closest" });
 }
 
 function drawGenes(place, who) {
@@ -236,7 +236,7 @@ function drawInteraction(place, who) {
     const y = predicted.map((value, i) => value - sum[i]);
     const text = genes.map((gene, i) => `<b>${safe(gene)}</b><br>beyond the sum, observed ${signed(x[i])}<br>predicted ${signed(y[i])}`);
     const range = reach(x, y);
-    return draw(place, [diagonal(range), { type: "scatter", mode: "markers", name: safe(state.model), x, y, text, hoverinfo: "text", marker: { color: alpha(color, 0.6), size: 7 } }], { xaxis: axis("observed, beyond the sum", { range }), yaxis: axis("predicted, beyond the sum", { range }), showlegend: false, annotations: labels(place, x, y, genes, [range, range]), hovermode: "closest" });
+    return draw(place, [diagonal(range), { type: "scatter", mode: "markers", name: safe(state.model), x, y, text, hoverinfo: "text", marker: { color: alpha(color, 0.6), size: 7 } }], { xaxis: axis("observed, beyond the sum", { range }), yaxis: axis("predicted, beyond the sum", { range }), showlegend: false, margin: { ...MARGIN, t: 10 }, annotations: labels(place, x, y, genes, [range, range]), hovermode: "closest" });
   }
   const hover = (what, values) => genes.map((gene, i) => `<b>${safe(gene)}</b><br>sum of single effects ${signed(sum[i])}<br>${what} ${signed(values[i])}`);
   const range = reach(sum, real, predicted ?? []);

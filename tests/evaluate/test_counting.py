@@ -60,12 +60,12 @@ def test_control_cells_that_did_not_move_have_their_own_counts(counted):
 
 
 def test_what_has_no_counts_is_refused(make, screen, split, prediction, counted):
-    with pytest.raises(UserError, match="screen is in log1p.*--layer counts"):
+    with pytest.raises(UserError, match=r"screen is in log1p.*--layer counts"):
         counts(Pairs.of(prediction, screen, split))
     _, truth = counted
     foreign = make.cells(["A+B"], seed=1)
     foreign.uns["knockon"] = {"units": "log1p", "total": 100.0}
-    with pytest.raises(UserError, match="does not tell the control cells.*knockon export"):
+    with pytest.raises(UserError, match=r"does not tell the control cells.*knockon export"):
         counts(Pairs.align(foreign, truth))
     foreign.obs["control_cell"] = "nobody"
     with pytest.raises(UserError, match="does not tell the control cells"):

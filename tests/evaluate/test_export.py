@@ -74,7 +74,8 @@ def test_expectations_of_each_target_stay(predicted, screen):
 def test_counts_are_written_as_they_are_and_read_again(screen, tmp_path):
     counts = world().predictions["half"]
     made = export.vcc2026(read(counts[:, ::-1].copy(), screen), screen)
-    np.testing.assert_array_equal(made[: counts.n_obs].X.toarray(), counts.X.toarray())
+    one, two = (side[side.obs["perturbation"] == "G3"].X.toarray() for side in (made, counts))
+    np.testing.assert_array_equal(one, two)
     made.write_h5ad(tmp_path / "x.h5ad")
     again = Pairs.of(tmp_path / "x.h5ad", screen, split_of(screen))
     assert again.counts is not None
@@ -107,10 +108,10 @@ def test_what_the_challenge_would_refuse_is_refused(make, screen):
         export.vcc2026(read(counts[:, [gene != "G7" for gene in GENES]].copy(), screen), screen)
     huge = counts.copy()
     huge.X = sp.csr_matrix(counts.X * 1000.0)
-    with pytest.raises(UserError, match="cell-eval2 refuses these cells .*exceeds max_counts_per_cell"):
+    with pytest.raises(UserError, match=r"cell-eval2 refuses these cells .*exceeds max_counts_per_cell"):
         export.vcc2026(read(huge, screen), screen)
     logged = reality().source
-    with pytest.raises(UserError, match="screen is in log1p.*--layer counts"):
+    with pytest.raises(UserError, match=r"screen is in log1p.*--layer counts"):
         export.vcc2026(read(log1p(counts), logged), logged)
     with pytest.raises(UserError, match="control cells only"):
         export.vcc2026(read(with_control(counts, world().real)[:300].copy(), screen), screen)

@@ -115,7 +115,8 @@ def test_discrimination_is_left_out_without_rivals(make):
 def test_an_unknown_suite_is_refused(screen, split, prediction):
     with pytest.raises(UserError, match="Unknown suite vcc"):
         score(Pairs.of(prediction, screen, split), "vcc")
-    names = ["core", "de", "generation", "distribution", "interaction", "systema"]
+    ours = ["core", "de", "generation", "distribution", "interaction", "systema"]
+    names = [*ours, "scdfm-2025", "cell-eval", "vcc2026"]
     assert [suite.name for suite in SUITES] == list(get_args(suites.Name)) == names
 
 

@@ -124,10 +124,10 @@ def test_combinations_have_no_target_gene(make):
 
 
 def test_values_in_log1p_are_refused():
-    with pytest.raises(UserError, match="screen is in log1p.*--layer counts"):
+    with pytest.raises(UserError, match=r"screen is in log1p.*--layer counts"):
         suites.score(pairs("half"), "vcc2026")
     foreign = log1p(world().predictions["half"])
-    with pytest.raises(UserError, match="does not tell the control cells.*knockon export"):
+    with pytest.raises(UserError, match=r"does not tell the control cells.*knockon export"):
         suites.score(Pairs.align(foreign, reality(counts=True)), "vcc2026")
 
 
@@ -135,7 +135,7 @@ def test_what_the_package_refuses_is_said_in_its_words():
     found = pairs("half", counts=True)
     assert found.counts is not None
     fractional = replace(found, counts=tuple(cells * 0.5 for cells in found.counts))
-    with pytest.raises(UserError, match="cell-eval2 refuses to score .*fractional"):
+    with pytest.raises(UserError, match=r"cell-eval2 refuses to score .*fractional"):
         suites.score(fractional, "vcc2026")
 
 

@@ -48,7 +48,7 @@ def split_of(screen: Screen) -> Split:
 
 
 def scored(pairs: Pairs, suite: str) -> pd.DataFrame:
-    """Scores of a suite, conditions x metrics, without its prefix; those of all conditions are in every row."""
+    """Scores of a suite, conditions x metrics, without its prefix; those of all conditions in every row."""
     found = suites.score(pairs, suite)
     found["metric"] = found["metric"].str.removeprefix(f"{suite}:")
     wide = found.pivot(index="condition", columns="metric", values="value")

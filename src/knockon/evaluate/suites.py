@@ -23,7 +23,9 @@ from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
 from knockon.types import UserError
 
-Name = Literal["core", "de", "generation", "distribution", "interaction", "systema", "scdfm-2025", "cell-eval", "vcc2026"]
+Name = Literal[
+    "core", "de", "generation", "distribution", "interaction", "systema", "scdfm-2025", "cell-eval", "vcc2026"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -16,11 +17,11 @@ from anndata import AnnData
 from jaxtyping import Float, Int
 
 from knockon.data import conventions, prepare, values
-from knockon.data.conventions import Columns
 from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
-from knockon.evaluate.pairs import read_prediction
+from knockon.data.store import read_obs
 from knockon.evaluate.populations import mean
+from knockon.evaluate.prediction import read
 from knockon.predict import all_pairs, draw, groups, unknown
 from knockon.run import Run
 from knockon.types import CP10K, Label, UserError
@@ -160,31 +161,23 @@ class OfFile(Changes):
     """
 
     def __init__(self, prediction: AnnData | str | Path, screen: Screen) -> None:
-        adata = prediction if isinstance(prediction, AnnData) else read_prediction(Path(prediction))
-        about = adata.uns.get("knockon", {})
-        if about.get("screen") != screen.digest:
+        found = read(prediction, screen)
+        if found.about.get("screen") != screen.digest:
             raise UserError(
                 "The prediction was not made from this screen",
                 expected="cells that knockon predict wrote, and with --data the screen of their run",
                 mend="give that screen with --data, or a run folder instead of the cells",
             )
-        columns = Columns(
-            perturbation_key="perturbation",
-            covariate_keys=tuple(covariate.name for covariate in screen.covariates),
-            units=about["units"],
-        )
-        predicted = Screen.from_anndata(adata, columns=columns)
-        counts = predicted.units == "counts"
-        panel_total = CP10K * float(about["share"]) if counts else None
-        given = float(about["total"])
-        self.total = CP10K if counts else given if given > 0 else None
-        panel = Preparation(
-            units=predicted.units, total=None if counts else self.total, genes=predicted.genes
-        )
-        self.predicted = _in_log1p(predicted, panel_total)
+        obs = prediction.obs if isinstance(prediction, AnnData) else read_obs(Path(prediction))
+        counts = found.units == "counts"
+        panel_total = CP10K * found.share if counts else None
+        self.total = CP10K if counts else found.total
+        panel = Preparation(units=found.units, total=None if counts else found.total, genes=found.genes)
         self.whole = _in_log1p(prepare.apply(screen, panel), panel_total)
+        cells = replace(screen, matrix=found.matrix, genes=found.genes, rows=found.rows, units=found.units)
+        self.predicted = _in_log1p(cells, panel_total)
         self.measured = self.whole
-        self.origin = _origin(adata)
+        self.origin = _origin(cast(pd.DataFrame, obs))
 
     def unknown(self, labels: Sequence[Label]) -> list[Label]:
         """List what the file lacks."""
@@ -234,10 +227,10 @@ class OfFile(Changes):
         return mean(self.predicted.matrix[rows]) - mean(self.predicted.matrix[self.origin[rows]])
 
 
-def _origin(adata: AnnData) -> Int[np.ndarray, "cells"]:
+def _origin(obs: pd.DataFrame) -> Int[np.ndarray, "cells"]:
     """Row of the control cell that each cell was made from."""
-    names = adata.obs_names.astype(str)
-    asked = pd.Index(adata.obs["control_cell"].astype(str) if "control_cell" in adata.obs else [])
+    names = obs.index.astype(str)
+    asked = pd.Index(obs["control_cell"].astype(str) if "control_cell" in obs else [])
     if len(asked) != len(names) or not names.is_unique or not asked.isin(names).all():
         raise UserError(
             "The prediction lacks control cells that its cells were made from",

@@ -216,5 +216,5 @@ def _assemble(
     obs.index = pd.Index([*(f"predicted_{i}" for i in range(num_predicted)), *names[controls]])
     obs.insert(1, "control", np.array([label.is_control for label in kinds]))
     obs["control_cell"] = names[origin]
-    matrix = sp.vstack([*blocks, sp.csr_matrix(screen.gather(controls))], format="csr", dtype=np.float32)
+    matrix = sp.vstack([*blocks, screen.matrix[controls]], format="csr", dtype=np.float32)
     return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=pd.Index(screen.genes)))

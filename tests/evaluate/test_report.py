@@ -7,37 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from knockon.evaluate import portrait, report, tables
+from knockon.evaluate import report, tables
 from knockon.evaluate.findings import Findings
 from knockon.evaluate.payload import encode
-from knockon.evaluate.portrait import Portrait, Scene, Side
-from knockon.evaluate.suites import ALL, METRICS, suite_named
+from knockon.evaluate.suites import ALL, METRICS
 from knockon.types import UserError
 
 HOSTILE = "<b onclick='x()'>$\\alpha$ & \"co\""
 CLOSING = "</script><script>alert(1)</script>"
-MODELS = [
-    "no_effect",
-    "mean_shift",
-    "additive",
-    "linear",
-    "nearest",
-    "scdfm",
-    "perturbdiff",
-    "scldm",
-    "ripple",
-]
-
-
-def scored(models, conditions, metrics, seed=0):
-    draw = np.random.default_rng(seed)
-    rows = [
-        (model, condition, metric, draw.random() * level)
-        for model, level in models.items()
-        for condition in conditions
-        for metric in metrics
-    ]
-    return pd.DataFrame(rows, columns=["model", "condition", "metric", "value"])
 
 
 def text_of(folder):
@@ -51,9 +28,9 @@ def without_library(page):
 
 
 @pytest.fixture
-def comparison(tmp_path):
+def comparison(make, tmp_path):
     models = {"no_effect": 1.0, "additive": 0.6, HOSTILE: 0.5, "ceiling": 0.2}
-    tables.write(scored(models, ["A+B", CLOSING], [metric.name for metric in METRICS]), tmp_path)
+    tables.write(make.scored(models, ["A+B", CLOSING], [metric.name for metric in METRICS]), tmp_path)
     return tmp_path
 
 
@@ -96,8 +73,8 @@ def test_missing_anchors_intervals_and_metrics_are_shown_around(tmp_path):
     assert "There is no simple baseline" in text_of(tmp_path)
 
 
-def test_values_of_all_conditions_at_once_are_no_condition(tmp_path):
-    tables.write(scored({"no_effect": 1.0, "mine": 0.5}, ["A", ALL], ["mse"]), tmp_path)
+def test_values_of_all_conditions_at_once_are_no_condition(make, tmp_path):
+    tables.write(make.scored({"no_effect": 1.0, "mine": 0.5}, ["A", ALL], ["mse"]), tmp_path)
     assert Findings.read(tmp_path).conditions == ["A"]
     assert "1 held-out condition." in text_of(tmp_path)
 
@@ -169,8 +146,8 @@ def test_nobody_looked_for_flags_is_not_no_flags(comparison):
     assert "No flags raised" in text_of(comparison)
 
 
-def test_the_picture_is_written_in_the_format_of_its_name(tmp_path):
-    tables.write(scored({"no_effect": 1.0, HOSTILE: 0.5, "ceiling": 0.2}, ["A"], ["mse"]), tmp_path)
+def test_the_picture_is_written_in_the_format_of_its_name(make, tmp_path):
+    tables.write(make.scored({"no_effect": 1.0, HOSTILE: 0.5, "ceiling": 0.2}, ["A"], ["mse"]), tmp_path)
     report.picture(tmp_path, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -243,55 +220,6 @@ def test_arrays_are_packed_within_half_a_step(values):
     np.testing.assert_allclose(found[there] * packed["step"], array[there], atol=0.51 * packed["step"])
 
 
-def large(folder, *, conditions=100, genes=5000, models=MODELS):
-    """A folder as large as a screen of these numbers gives, of noise, which packs worst."""
-    draw = np.random.default_rng(0)
-    names = tuple(f"GENE{i}+GENE{i + 1}" for i in range(conditions))
-    metrics = [metric.name for metric in suite_named("core").metrics]
-    levels = dict(zip((*models, "ceiling"), np.linspace(1, 0.2, len(models) + 1), strict=True))
-    tables.write(scored(levels, names, metrics), folder)
-
-    def side():
-        return Side(
-            cells=np.full(conditions, 256),
-            zeros=draw.random((conditions, portrait.TOP)),
-            quantiles=np.sort(draw.gamma(2, size=(conditions, portrait.TOP, len(portrait.LEVELS))), axis=2),
-            spots=draw.normal(size=(conditions, portrait.SPOTS, 4)),
-        )
-
-    kept = portrait.CHANGED + portrait.SURPRISING
-    order = np.argsort(draw.random((conditions, genes)), axis=1)
-    shape = (conditions, kept)
-    change = draw.normal(size=shape)
-    scene = Scene(
-        mark="large",
-        genes=tuple(f"GENE{i}" for i in range(genes)),
-        conditions=names,
-        shown=order[:, :kept],
-        level=draw.gamma(2, size=shape),
-        change=change,
-        expected=change + 0.3 * draw.normal(size=shape),
-        effect=draw.gamma(2, size=conditions),
-        real=side(),
-        control=side(),
-    )
-    portrait.save(folder, scene)
-    own = (conditions, portrait.OWN)
-    for model in models:
-        made = Portrait(
-            mark="large",
-            conditions=names,
-            change=change + 0.4 * draw.normal(size=shape),
-            own=order[:, kept : kept + portrait.OWN],
-            own_level=draw.gamma(2, size=own),
-            own_real=0.1 * draw.normal(size=own),
-            own_change=draw.normal(size=own),
-            cells=side(),
-        )
-        portrait.save(folder, made, model)
-
-
-def test_a_hundred_conditions_of_five_thousand_genes_and_nine_models_stay_small(tmp_path):
-    large(tmp_path)
-    report.write(tmp_path, tmp_path / "report.html")
+def test_a_hundred_conditions_of_five_thousand_genes_and_nine_models_stay_small(large_folder, tmp_path):
+    report.write(large_folder, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 15e6

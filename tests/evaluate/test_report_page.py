@@ -1,6 +1,7 @@
 """The report in a browser: opened as a file, without a network, and used with pointer and keys."""
 
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ def opened(make, tmp_path_factory):
     predicted.uns["knockon"] = {"model": MODEL, "units": "log1p"}
     screen = make.screen(measured, ("cell_type",))
     split = make.split(screen, lambda label: len(label.perturbations) == 2)
-    found = scores.judge(scores.Pairs.of(predicted, screen, split), split, seed=0, out=folder)
+    found = scores.judge(scores.Pairs.of(predicted, screen, split), split, seed=0, out=folder).scores
     tables.write(found, folder)
     run = folder / "runs" / MODEL
     run.mkdir(parents=True)
@@ -198,3 +199,19 @@ def test_less_is_shown_where_less_is_there(opened, tmp_path, kept):
     assert page.locator("#detail").is_hidden()
     page.close()
     assert not wrong
+
+
+@pytest.mark.slow
+def test_a_large_report_opens_at_once(opened, large_folder, tmp_path):
+    """Within two seconds on a quiet machine; the bound is for a busy one."""
+    report.write(large_folder, tmp_path / "report.html")
+    page = opened.browser.new_page(viewport={"width": 1440, "height": 850})
+    began = time.monotonic()
+    page.goto(f"file://{tmp_path}/report.html")
+    page.locator("#cases tbody tr").nth(99).wait_for()
+    listed = time.monotonic() - began
+    drawn(page, "change")
+    shown = time.monotonic() - began
+    page.close()
+    assert max(listed, shown) < 10, (listed, shown)
+    print(f"listed after {listed:.2f} s, drawn after {shown:.2f} s")

@@ -246,7 +246,9 @@ class Album:
         spots = np.full((len(rows), self._share(SPOTS), 4), np.nan)
         for i, (row, cells) in enumerate(zip(rows, populations, strict=True)):
             label = self.truth.labels[row]
-            for j, values in enumerate(sample(label, cells, LOOKED_AT)[:, self._shown[row, :top]].toarray().T):
+            for j, values in enumerate(
+                sample(label, cells, LOOKED_AT)[:, self._shown[row, :top]].toarray().T
+            ):
                 zeros[i, j] = (values == 0).mean()
                 if values.any():
                     quantiles[i, j] = np.quantile(values[values != 0], LEVELS)

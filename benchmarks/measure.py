@@ -76,6 +76,28 @@ def peak_in_child(task: Callable[..., object], *arguments: object) -> int:
         return pool.submit(_watched, task, arguments).result()
 
 
+def timed_in_child(task: Callable[..., object], *arguments: object, repeats: int) -> tuple[list[Sample], int]:
+    """Times of a task in a fresh process, and the peak memory of that process in bytes.
+
+    The first time is that of a user's command: it includes imports and what is compiled when it is first
+    called. As many follow as are asked for.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_timed, task, arguments, repeats).result()
+
+
+def _timed(
+    task: Callable[..., object], arguments: tuple[object, ...], repeats: int
+) -> tuple[list[Sample], int]:
+    samples = []
+    for _ in range(repeats + 1):
+        clock, processor = time.perf_counter(), time.process_time()
+        task(*arguments)
+        samples.append(Sample(time.perf_counter() - clock, time.process_time() - processor))
+    return samples, _peak_resident()
+
+
 def growth_in_child(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:
     """Bytes by which a fresh process grows while it runs the task that ``prepare`` makes in it.
 

@@ -22,7 +22,7 @@ from knockon.commands.rank import Rank
 from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
-from knockon.evaluate import report, scores, suites, tables
+from knockon.evaluate import flags, report, scores, suites, tables
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.prediction import Reading, read
 from knockon.files import written_aside
@@ -199,6 +199,8 @@ class Evaluate(Command):
         pairs = Pairs.of(found, screen, split)
         verdict = scores.judge(pairs, split, self.suite, seed=self.seed, out=self.out)
         _table(verdict.write(self.out) if self.out else verdict.summary)
+        for line in flags.describe(verdict.flags) if verdict.flags is not None else ():
+            say(f"flag {line}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import pandas as pd
 from knockon import models
 from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
-from knockon.evaluate import scores, suites
+from knockon.evaluate import flags, scores, suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.portrait import Album
 from knockon.evaluate.summary import CEILING
@@ -78,6 +78,7 @@ def compare(
         )
     _announce(split)
     found: list[pd.DataFrame] = []
+    raised: list[pd.DataFrame] = []
     truth: Truth | None = None
     album: Album | None = None
     fallback: Run | None = None
@@ -96,13 +97,23 @@ def compare(
             fallback = run
         pairs = Pairs.align(predicted, truth)
         found.append(suites.score(pairs, comparison.suite).assign(model=name))
+        raised.append(flags.check(pairs).assign(model=name))
+        for line in flags.describe(raised[-1]) if name not in ANCHORS else ():
+            log.warning("%s: %s", name, line)
         album = album or Album.begin(folder, truth)
         album.add(name, pairs)
     if truth is None or not found:
         raise UserError("No model could predict the test conditions", mend="choose other --models")
     top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=CEILING)
     whole = pd.concat([*found, top], ignore_index=True)
-    return Verdict(scores=whole, truth=truth, split=split, suite=comparison.suite).write(folder)
+    verdict = Verdict(
+        scores=whole,
+        truth=truth,
+        split=split,
+        suite=comparison.suite,
+        flags=pd.concat([table for table in raised if len(table)] or raised[:1], ignore_index=True),
+    )
+    return verdict.write(folder)
 
 
 def _recipes(comparison: Comparison) -> dict[str, Recipe]:

@@ -121,7 +121,8 @@ def test_a_damaged_file_is_named(comparison, name, text):
 
 def test_what_else_lies_in_the_folder_is_shown(comparison):
     files = {
-        "flags.csv": "model,flag,condition,value,limit,message\nadditive,collapse,,.9,.5,All & alike\n",
+        "flags.csv": "model,flag,condition,value,limit,message\nmine,collapse,,.9,.5,All & alike\n"
+        "mean_shift,collapse,,.9,.5,as it is made\n",
         "strata.csv": "model,metric,by,stratum,conditions,mean\nadditive,mse,seen,partly unseen,3,.25\n",
         "about.json": json.dumps(
             {"screen": {"cells": 1234, "covariates": {}}, "split": {"kind": "unseen"}, "notes": ["noted"]}
@@ -136,7 +137,7 @@ def test_what_else_lies_in_the_folder_is_shown(comparison):
     page = text_of(comparison)
     for shown in ("All &amp; alike", "partly unseen", "1,234", "unseen", "noted", "--layer counts", "width"):
         assert shown in page
-    assert "1 flag raised" in page
+    assert "1 flag raised" in page  # which counts no baseline
     assert "--data &#39;a b.h5ad&#39;" in page
 
 

@@ -3,6 +3,7 @@ import json
 import pandas as pd
 
 from knockon.evaluate import scores
+from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.summary import PAIRED, SUMMARY
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
@@ -25,3 +26,15 @@ def test_a_folder_has_all_tables_and_says_what_they_are_of(screen, split, tmp_pa
     assert about["suites"] == ["core", "generation"]
     assert set(about["metrics"]) == set(summary["metric"])
     assert "U-statistic" in about["metrics"]["energy_distance"]["how"]
+
+
+def test_flags_are_written_where_somebody_looked(screen, split, tmp_path, prediction):
+    verdict = scores.judge(Pairs.of(prediction, screen, split), split)
+    verdict.write(tmp_path)
+    assert (tmp_path / "flags.csv").read_text() == "model,flag,condition,value,limit,message\n"
+    prediction.X = prediction.X * 2.0
+    verdict = scores.judge(Pairs.of(prediction, screen, split), split)
+    verdict.write(tmp_path)
+    table = pd.read_csv(tmp_path / "flags.csv")
+    assert set(table["model"]) == {"prediction"}
+    assert "scaled" in set(table["flag"])

@@ -14,6 +14,7 @@ from knockon import models
 from knockon.baseline import MeanModel
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
+from knockon.evaluate import flags
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import mean, num_cells
 from knockon.evaluate.portrait import Album
@@ -81,7 +82,8 @@ def judge(
         album.add(name, pairs)
     scores = score(pairs, suite).assign(model=name)
     scores = _ordered(scores, anchors(pairs.truth, split, suite, seed=seed, album=album))
-    return Verdict(scores=scores, truth=pairs.truth, split=split, suite=suite)
+    raised = flags.check(pairs).assign(model=name)
+    return Verdict(scores=scores, truth=pairs.truth, split=split, suite=suite, flags=raised)
 
 
 def anchors(

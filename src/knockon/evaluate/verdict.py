@@ -7,6 +7,7 @@ import pandas as pd
 
 from knockon.data.splits import Split
 from knockon.evaluate import tables
+from knockon.evaluate.flags import COLUMNS
 from knockon.evaluate.strata import stratify
 from knockon.evaluate.suites import Asked, chosen
 from knockon.evaluate.summary import summarize
@@ -28,12 +29,15 @@ class Verdict:
         What was scored against, and what was held out.
     suite
         Which metrics.
+    flags
+        What ``flags.check`` raised, with a column ``model`` in front; None where nobody looked.
     """
 
     scores: pd.DataFrame
     truth: Truth
     split: Split
     suite: Asked
+    flags: pd.DataFrame | None = None
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -44,6 +48,9 @@ class Verdict:
         """Write all tables and ``about.json``, and return the summary."""
         summary = tables.write(self.scores, folder)
         write_text(folder / "strata.csv", stratify(self.scores, self.truth).to_csv(index=False))
+        if self.flags is not None:
+            table = self.flags.reindex(columns=["model", *COLUMNS])
+            write_text(folder / "flags.csv", table.to_csv(index=False))
         write_json(folder / "about.json", self.about())
         return summary
 

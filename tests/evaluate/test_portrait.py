@@ -37,10 +37,10 @@ def test_a_replicate_of_the_real_cells_is_their_portrait(album, truth):
 
 def test_the_real_effect_leads_from_0_to_1(album):
     scene, _ = portrait.read(album.folder)
-    along = [np.nanmean(side.spots[:, :, 2], axis=1) for side in (scene.control, scene.real)]
-    np.testing.assert_allclose(along[0], 0, atol=1e-5)  # all 30 cells are on the map
-    np.testing.assert_allclose(along[1], 1, atol=1e-5)
-    np.testing.assert_allclose(np.nanmean(scene.control.spots[:, :, 3], axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(scene.control.center[:, 2:], [[0, 0]] * 3, atol=1e-5)
+    np.testing.assert_allclose(scene.real.center[:, 2], 1, atol=1e-5)
+    for side in (scene.control, scene.real):  # all 30 cells are on the map
+        np.testing.assert_allclose(np.nanmean(side.spots, axis=1), side.center, atol=1e-5)
 
 
 def test_half_of_the_effect_lies_half_way(album, truth):

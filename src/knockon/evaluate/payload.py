@@ -115,7 +115,7 @@ def _portrait(portrait: Portrait, conditions: Sequence[str]) -> dict[str, object
 
 
 def _side(side: Side) -> dict[str, object]:
-    arrays = {name: encode(getattr(side, name)) for name in ("zeros", "quantiles", "spots")}
+    arrays = {name: encode(getattr(side, name)) for name in ("zeros", "quantiles", "spots", "center")}
     return {"cells": [int(count) for count in side.cells], **arrays}
 
 

@@ -46,6 +46,7 @@ function sitter() {
       zeros: rowOf(packed.zeros, row),
       quantiles: top ? chunks(rowOf(packed.quantiles, row), packed.quantiles.shape[2]) : [],
       spots: chunks(rowOf(packed.spots, row), 4).filter((spot) => !Number.isNaN(spot[0])),
+      center: rowOf(packed.center, row),
     };
   };
   const names = (indices) => indices.map((i) => album.genes[i]);
@@ -196,19 +197,18 @@ function drawMap(place, who) {
   const along = state.map === "effect";
   const [a, b] = along ? [2, 3] : [0, 1];
   find("axes").textContent = along
-    ? "Control cells gather around 0 and real cells around 1 of the horizontal axis: a prediction around .5 has half of the effect. The vertical axis is how control cells vary besides."
-    : "The first two principal components of all training cells, the same for every condition.";
+    ? "Large dots are means of all cells, small ones a sample. On the horizontal axis control has its mean at 0 and the real cells at 1: a prediction at .5 has half of the effect. The vertical axis is how control cells vary besides."
+    : "The first two principal components of training cells, the same for every condition. Large dots are means of all cells, small ones a sample.";
   const sides = [
     ["control", who.control, css("--soft"), "circle-open"],
     ["real", who.real, css("--ink"), "circle"],
     ...(who.predicted ? [[safe(state.model), who.predicted, colorOf(state.model), "x-thin-open"]] : []),
   ];
-  const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
   const clouds = sides.map(([name, side, color, symbol]) => ({
     type: "scatter", mode: "markers", name, legendgroup: name, x: side.spots.map((spot) => spot[a]), y: side.spots.map((spot) => spot[b]), marker: { color: symbol === "circle" ? alpha(color, 0.45) : color, symbol, size: 7, line: { width: 1.3, color } }, opacity: 0.8, hoverinfo: "name",
   }));
   const centers = sides.map(([name, side, color]) => ({
-    type: "scatter", mode: "markers", name: `mean of ${name}`, legendgroup: name, showlegend: false, x: [mean(side.spots.map((spot) => spot[a]))], y: [mean(side.spots.map((spot) => spot[b]))], marker: { color, size: 15, symbol: "circle", line: { color: css("--card"), width: 2.5 } }, hovertemplate: `mean of ${name}<extra></extra>`,
+    type: "scatter", mode: "markers", name: `mean of ${name}`, legendgroup: name, showlegend: false, x: [side.center[a]], y: [side.center[b]], marker: { color, size: 15, symbol: "circle", line: { color: css("--card"), width: 2.5 } }, hovertemplate: `mean of ${name}<extra></extra>`,
   }));
   return draw(place, [...clouds, ...centers], {
     xaxis: axis(along ? "along the real effect (0 control, 1 real)" : "component 1", { zeroline: along }),

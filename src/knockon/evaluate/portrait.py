@@ -53,12 +53,15 @@ class Side:
     spots
         A sample of cells on four axes: the first two principal components of training cells; along the
         real effect (0 is the mean of control, 1 that of the real cells); and the main other direction.
+    center
+        The mean of the cells on these axes.
     """
 
     cells: Int[np.ndarray, "conditions"]
     zeros: Float[np.ndarray, "conditions top"]
     quantiles: Float[np.ndarray, "conditions top levels"]
     spots: Float[np.ndarray, "conditions spots 4"]
+    center: Float[np.ndarray, "conditions 4"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -244,24 +247,32 @@ class Album:
         zeros = np.full((len(rows), top), np.nan)
         quantiles = np.full((len(rows), top, len(LEVELS)), np.nan)
         spots = np.full((len(rows), self._share(SPOTS), 4), np.nan)
+        center = np.empty((len(rows), 4))
         for i, (row, cells) in enumerate(zip(rows, populations, strict=True)):
             label = self.truth.labels[row]
-            for j, values in enumerate(
-                sample(label, cells, LOOKED_AT)[:, self._shown[row, :top]].toarray().T
-            ):
+            looked = sample(label, cells, LOOKED_AT)
+            for j, values in enumerate(looked[:, self._shown[row, :top]].toarray().T):
                 zeros[i, j] = (values == 0).mean()
                 if values.any():
                     quantiles[i, j] = np.quantile(values[values != 0], LEVELS)
-            placed = self.truth.space.project(sample(label, cells, spots.shape[1]))
-            origin, directions = self._frames[row]
-            spots[i, : len(placed), : min(2, placed.shape[1])] = placed[:, :2]
-            spots[i, : len(placed), 2:] = (placed - origin) @ directions
+            few = self._placed(sample(label, cells, spots.shape[1]), row)
+            spots[i, : len(few)] = few
+            center[i] = self._placed(looked, row).mean(axis=0)
         return Side(
             cells=np.array([num_cells(cells) for cells in populations] if count is None else count),
             zeros=zeros,
             quantiles=quantiles,
             spots=spots,
+            center=center,
         )
+
+    def _placed(self, cells: sp.csr_matrix, row: int | np.integer) -> Float[np.ndarray, "cells 4"]:
+        """Find the coordinates of cells on the axes of a condition."""
+        placed = self.truth.space.project(cells)
+        origin, directions = self._frames[row]
+        first = np.zeros((len(placed), 2))
+        first[:, : placed.shape[1]] = placed[:, :2]
+        return np.hstack([first, (placed - origin) @ directions])
 
     def _share(self, most: int) -> int:
         """How much to keep of each of many conditions."""

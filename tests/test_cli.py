@@ -301,7 +301,11 @@ def test_a_prediction_of_other_genes(
     predicted.write_h5ad(tmp_path / "foreign.h5ad")
     real = ["--real", str(folder / "tiny.h5ad"), "--split", str(folder / "split.json")]
     main(["evaluate", "--pred", f"{tmp_path}/foreign.h5ad", *real, "--out", f"{tmp_path}/scores"])
-    assert "lacks 3 of the screen's 80 genes, which count as wrong" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "lacks 3 of the screen's 80 genes, which count as wrong" in shown.err
+    raised = pd.read_csv(tmp_path / "scores" / "flags.csv")
+    assert set(raised["model"]) <= {"prediction"}
+    assert all(f"flag {name}: " in shown.out for name in raised["flag"])
     predicted.var_names = [f"ENSG{i}" for i in range(predicted.n_vars)]
     predicted.write_h5ad(tmp_path / "strange.h5ad")
     message = refused(

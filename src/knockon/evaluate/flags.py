@@ -15,6 +15,7 @@ import scipy.sparse as sp
 from jaxtyping import Int
 from scipy.spatial import KDTree
 
+from knockon.data.values import blocks
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import exact, num_cells, num_distinct
 from knockon.evaluate.sides import ENOUGH, HALVINGS, Evidence, Side, Values, contexts, controls, gather
@@ -236,7 +237,7 @@ def _copied_cells(evidence: Evidence) -> Iterator[Raised]:
     truth, limit = evidence.truth, 0.05
     weights = np.random.default_rng(0).normal(size=(len(truth.screen.genes), 16))
     rows = np.concatenate([truth.screen.rows[label] for label in truth.train])
-    tree = KDTree(truth.screen.matrix[rows] @ weights)
+    tree = KDTree(np.concatenate([block @ weights for block in blocks(truth.screen.matrix, rows)]))
     origin = np.repeat(np.arange(len(truth.train)), [len(truth.screen.rows[x]) for x in truth.train])
 
     def twins(cells: sp.csr_matrix) -> Int[np.ndarray, "_"]:

@@ -178,6 +178,16 @@ def test_light_and_dark(page):
     assert page.evaluate(paper) == light
 
 
+def test_paper_is_light(page):
+    page.emulate_media(color_scheme="dark")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(paper)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(paper) == "rgb(255, 255, 255)"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(paper) == dark
+
+
 def test_the_next_case_is_better(page):
     expect(page.locator("#previous")).to_be_disabled()
     first = page.locator("#case").inner_text()

@@ -92,7 +92,7 @@ function draw(place, traces, layout) {
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       ...layout,
     };
-    const options = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"] };
+    const options = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     return Plotly.react(place, traces, whole, options);
   });
 }
@@ -298,4 +298,17 @@ if (data.portraits) find("doubles").hidden = !data.portraits.conditions.some((na
 document.querySelectorAll(".plot").forEach((place) => watch.observe(place));
 redraw();
 start();
-addEventListener("beforeprint", () => document.querySelectorAll(".plot").forEach(paint));
+
+/** Paper is light, whatever the screen is. */
+let unprinted;
+addEventListener("beforeprint", () => {
+  unprinted = document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
+  redraw();
+  document.querySelectorAll(".plot").forEach(paint);
+});
+addEventListener("afterprint", () => {
+  if (unprinted) document.documentElement.dataset.theme = unprinted;
+  else delete document.documentElement.dataset.theme;
+  redraw();
+});

@@ -245,8 +245,8 @@ def rank(
     finer = replace(draws, cells=SINGLES * draws.cells)
     drawn = dict(source.draw([part for part in parts if part not in lacking], finer))
     drawn |= {part: source.observed(part, draws) for part in lacking & set(parts) & set(source.measured.rows)}
-    left_out = [x for x in labels if x in lacking or any(part not in drawn for part in question.parts(x))]
-    asked = [label for label in labels if label not in set(left_out)]
+    without = {x for x in labels if x in lacking or any(part not in drawn for part in question.parts(x))}
+    left_out, asked = ([x for x in labels if (x in without) == refused] for refused in (True, False))
     if not asked:
         raise UserError(
             "The model has no basis to predict any of the candidates",

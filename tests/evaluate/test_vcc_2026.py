@@ -123,6 +123,16 @@ def test_combinations_have_no_target_gene(make):
     assert set(found["condition"]) == {"A+B", "B+C", suites.ALL}
 
 
+def test_without_real_effects_there_is_no_ratio_to_them():
+    truth = reality(counts=True)
+    control = truth.source.matrix[truth.source.control_rows(truth.labels[0])].astype(np.float64)
+    cells = tuple(control[part] for part in np.array_split(np.arange(300), 12))
+    truth = replace(truth, counts=cells)
+    found = suites.score(Pairs(truth=truth, cells=truth.cells, counts=cells), "vcc2026")
+    assert "vcc2026:expr_mse_unbiased_capped_norm" not in set(found["metric"])
+    assert "vcc2026:expr_mse_unbiased" in set(found["metric"])
+
+
 def test_values_in_log1p_are_refused():
     with pytest.raises(UserError, match=r"screen is in log1p.*--layer counts"):
         suites.score(pairs("half"), "vcc2026")

@@ -14,8 +14,9 @@ our halves share the real control cells.
 
 The six metrics of the challenge, and the two unbiased errors behind the third: ``expr_mse_unbiased`` and
 ``expr_mse_unbiased_capped`` are per condition, their ratio ``expr_mse_unbiased_capped_norm`` is one of sums
-over conditions. ``de_wilcoxon_sig_jaccard`` does not see signs. ``de_wilcoxon_lfc_nmae`` is left out for
-conditions of fewer than 10 really significant genes.
+over conditions, left out where the real effects are no larger than their noise. ``de_wilcoxon_sig_jaccard``
+does not see signs. ``de_wilcoxon_lfc_nmae`` is left out for conditions of fewer than 10 really significant
+genes.
 """
 
 import warnings
@@ -49,6 +50,8 @@ LOWER = (
 )
 TOGETHER = "expr_mse_unbiased_capped_norm"
 """The one value that is of all conditions."""
+REAL = "expr_distance_unbiased"
+"""What the ratio is over: the squared real effect, less its noise."""
 
 
 def gather(pairs: Pairs, cells: int) -> Table:  # noqa: ARG001 (the package takes all cells)
@@ -81,7 +84,6 @@ def _scored(pairs: Pairs, predicted: tuple[sp.csr_matrix, ...], places: np.ndarr
         warnings.simplefilter("ignore")
         try:
             long = package.compute_metrics(*both, config=settings)
-            overall = package.aggregate_metrics(long)
         except ValueError as error:
             raise UserError(
                 f"cell-eval2 refuses to score ({' '.join(str(error).split())})",
@@ -89,11 +91,14 @@ def _scored(pairs: Pairs, predicted: tuple[sp.csr_matrix, ...], places: np.ndarr
             ) from error
     found = pd.DataFrame(long.to_dict(as_series=False))
     wide = found.pivot(index="perturbation", columns="metric", values="value")
-    means = dict(zip(overall["metric"].to_list(), overall["mean"].to_list(), strict=True))
-    values: dict[str, Column] = {
-        name: wide[name].reindex(names).to_numpy(float) for name in (*HIGHER, *LOWER) if name != TOGETHER
-    }
-    return values | {TOGETHER: np.array(means[TOGETHER])}
+    alone = [name for name in (*HIGHER, *LOWER) if name != TOGETHER]
+    wide = wide.reindex(index=names, columns=[*alone, REAL])  # what no condition has is in no line of theirs
+    values: dict[str, Column] = {name: wide[name].to_numpy(float) for name in alone}
+    # the package refuses this ratio where the real effects are no larger than their noise
+    measurable = wide[REAL].sum() > 0
+    overall = package.aggregate_metrics(long) if measurable else None
+    ratio = np.nan if overall is None else dict(overall.select("metric", "mean").iter_rows())[TOGETHER]
+    return values | {TOGETHER: np.array(ratio)}
 
 
 def config(targetless: set[str], key: str = KEY, control: str = CONTROL) -> "EvalConfig":

@@ -143,6 +143,14 @@ class Findings:
         return int((sure["difference"] > 0).sum()), int((sure["difference"] < 0).sum())
 
     @property
+    def raised(self) -> list[dict[str, Any]]:
+        """Flags as lines, those of the simple baselines last: that they are raised there is no news."""
+        if self.flags is None:
+            return []
+        lines = [{str(key): value for key, value in line.items()} for _, line in self.flags.iterrows()]
+        return sorted(lines, key=lambda line: line["model"] in BASELINES)
+
+    @property
     def favorite(self) -> str:
         """Name the metric that stands for the others where one has to."""
         return next((name for name in FAVORITES if name in self.metrics), self.metrics[0])

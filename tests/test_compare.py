@@ -119,6 +119,7 @@ def test_an_unknown_model_is_refused_before_anything_is_done(screen: Screen, tmp
 def test_the_table_shows_every_model_and_metric(folder: Path) -> None:
     table = render(pd.read_csv(folder / "summary.csv"))
     assert [str(column.header).splitlines()[0] for column in table.columns][1:] == [
-        *("no_effect", "mean_shift", "additive", "nearest", "latent_additive-small", "ceiling")
+        *("no_effect", "mean_shift", "additive", "nearest", "latent_additive-small", "ceiling"),
+        "[dim]how[/dim]",
     ]
     assert table.row_count == 11

@@ -19,9 +19,9 @@ import pandas as pd
 
 import knockon as ko
 from knockon import models
-from knockon.changes import Changes, Draws, OfFile, OfRun
 from knockon.data.simulate import interaction, simulate, truth
-from knockon.rank import excess, length, square
+from knockon.ranking.changes import Changes, Draws, OfFile, OfRun
+from knockon.ranking.rank import excess, length, square
 
 FIRST = 10
 

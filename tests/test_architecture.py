@@ -21,8 +21,7 @@ TIERS = (
     {"checkpoint", "validate"},
     {"train"},
     {"evaluate"},
-    {"changes", "novelty", "targets"},
-    {"compare", "rank"},
+    {"compare", "ranking"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 )

@@ -5,7 +5,7 @@ from knockon.compare import Comparison, compare
 from knockon.data import splits
 from knockon.data.screen import Screen
 from knockon.evaluate.scores import evaluate
-from knockon.rank import rank
+from knockon.ranking.rank import rank
 from knockon.run import Run
 from knockon.train import Options, train
 from knockon.types import Label, UserError

@@ -22,9 +22,10 @@ from knockon.commands.rank import Rank
 from knockon.compare import Comparison, compare
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
-from knockon.evaluate import flags, report, scores, suites, tables
+from knockon.evaluate import flags, scores, suites, tables
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.prediction import Reading, read
+from knockon.evaluate.report import page
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
@@ -224,8 +225,8 @@ class Compare(Command):
         summary = compare(screen, split, out=self.out, comparison=self.comparison, options=self.options)
         _table(summary)
         for draw, path in (
-            (report.write, self.out / "report.html"),
-            (report.picture, self.out / "scores.png"),
+            (page.write, self.out / "report.html"),
+            (page.picture, self.out / "scores.png"),
         ):
             draw(self.out, path)
             say(str(path))
@@ -242,7 +243,7 @@ class Report(Command):
 
     def run(self) -> None:
         """Write."""
-        report.write(self.folder, self.out)
+        page.write(self.folder, self.out)
         say(f"{self.out}")
 
 

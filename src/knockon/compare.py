@@ -14,7 +14,7 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import flags, scores, suites
 from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.portrait import Album
+from knockon.evaluate.report.portrait import Album
 from knockon.evaluate.summary import CEILING
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict

@@ -11,8 +11,9 @@ import scipy.sparse as sp
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.evaluate import portrait, tables
-from knockon.evaluate.portrait import Portrait, Scene, Side
+from knockon.evaluate import tables
+from knockon.evaluate.report import portrait
+from knockon.evaluate.report.portrait import Portrait, Scene, Side
 from knockon.evaluate.suites import suite_named
 from knockon.types import Label
 

@@ -13,8 +13,8 @@ from knockon.models.mean_shift import Config as MeanShift
 from knockon.predict import generate
 from knockon.types import UserError
 
-from .toy import GENES, TARGETS, known, log1p, with_control
-from .toy_pairs import reality, split_of, world
+from .suites.toy import GENES, TARGETS, known, log1p, with_control
+from .suites.toy_pairs import reality, split_of, world
 
 
 @pytest.fixture(scope="module")

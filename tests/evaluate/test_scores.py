@@ -3,9 +3,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from knockon.evaluate import generation, scores
+from knockon.evaluate import scores
 from knockon.evaluate.metrics import METRICS
 from knockon.evaluate.scores import BASELINES, ceiling, evaluate
+from knockon.evaluate.suites import generation
 from knockon.evaluate.summary import summarize
 from knockon.evaluate.truth import Truth
 

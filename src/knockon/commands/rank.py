@@ -9,13 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from knockon import targets
-from knockon.changes import Changes, Draws, OfFile, OfRun
 from knockon.commands.common import Command, Flat, assignments, listed, read_screen, say, show
 from knockon.data.conventions import Columns
 from knockon.files import write_text
 from knockon.progress import bar
-from knockon.rank import By, rank
+from knockon.ranking import targets
+from knockon.ranking.changes import Changes, Draws, OfFile, OfRun
+from knockon.ranking.rank import By, rank
 from knockon.run import Run
 from knockon.types import UserError
 

@@ -21,11 +21,11 @@ from jaxtyping import Int
 
 from knockon.data.screen import Screen
 from knockon.data.values import totals
-from knockon.evaluate.bridges import KEY, quiet
 from knockon.evaluate.counting import drawn
 from knockon.evaluate.populations import num_cells
 from knockon.evaluate.prediction import Prediction
-from knockon.evaluate.vcc_2026 import config
+from knockon.evaluate.suites.bridges import KEY, quiet
+from knockon.evaluate.suites.vcc_2026 import config
 from knockon.types import CONTROL, Label, UserError
 
 log = logging.getLogger("knockon")

@@ -17,8 +17,8 @@ from knockon.data.splits import Split
 from knockon.evaluate import flags
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import mean, num_cells
-from knockon.evaluate.portrait import Album
 from knockon.evaluate.prediction import Prediction, read
+from knockon.evaluate.report.portrait import Album
 from knockon.evaluate.suites import Asked, metric_named, score
 from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.evaluate.truth import Truth

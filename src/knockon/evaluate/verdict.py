@@ -10,8 +10,8 @@ from knockon.evaluate import tables
 from knockon.evaluate.flags import COLUMNS
 from knockon.evaluate.strata import stratify
 from knockon.evaluate.suites import Asked, chosen
+from knockon.evaluate.suites.systema import systematic_variation
 from knockon.evaluate.summary import summarize
-from knockon.evaluate.systema import systematic_variation
 from knockon.evaluate.truth import Truth
 from knockon.files import write_json, write_text
 from knockon.record import versions

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from knockon.evaluate.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
 from knockon.evaluate.metrics import Metric, Noise
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.suites.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
 from knockon.types import CONTROL, UserError
 
 if TYPE_CHECKING:

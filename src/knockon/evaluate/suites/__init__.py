@@ -8,19 +8,19 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from knockon.evaluate import (
+from knockon.evaluate import metrics
+from knockon.evaluate.metrics import Metric
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.suites import (
     cell_eval,
     de,
     distribution,
     generation,
     interaction,
-    metrics,
     scdfm_2025,
     systema,
     vcc_2026,
 )
-from knockon.evaluate.metrics import Metric
-from knockon.evaluate.pairs import Pairs
 from knockon.types import UserError
 
 Name = Literal[

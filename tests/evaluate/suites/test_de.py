@@ -9,12 +9,12 @@ from scipy.stats import false_discovery_control, mannwhitneyu
 
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
-from knockon.evaluate import de, differential, truth
-from knockon.evaluate.de import METRICS, Evidence
+from knockon.evaluate import differential, truth
 from knockon.evaluate.differential import ALPHA, EXPRESSED, PSEUDOCOUNT, differences
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.scores import ceiling
-from knockon.evaluate.suites import ALL, score
+from knockon.evaluate.suites import ALL, de, score
+from knockon.evaluate.suites.de import METRICS, Evidence
 from knockon.evaluate.truth import TESTED, Truth
 from knockon.types import UserError
 

@@ -2,11 +2,17 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from knockon.evaluate import metrics, systema
+from knockon.evaluate import metrics
 from knockon.evaluate.metrics import Evidence
 from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.suites import score
-from knockon.evaluate.systema import METRICS, centroid_accuracy, jaccard_top20, rmse, systematic_variation
+from knockon.evaluate.suites import score, systema
+from knockon.evaluate.suites.systema import (
+    METRICS,
+    centroid_accuracy,
+    jaccard_top20,
+    rmse,
+    systematic_variation,
+)
 from knockon.evaluate.truth import Truth
 
 NAMES = (

@@ -27,10 +27,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from knockon.evaluate.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
 from knockon.evaluate.counting import counts, measured
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.suites.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
 from knockon.types import CONTROL, UserError
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from knockon.evaluate import portrait
 from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.portrait import Album
+from knockon.evaluate.report import portrait
+from knockon.evaluate.report.portrait import Album
 from knockon.evaluate.truth import Truth
 from knockon.types import UserError
 

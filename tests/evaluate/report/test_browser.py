@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from knockon.evaluate import report, scores, tables
+from knockon.evaluate import scores, tables
+from knockon.evaluate.report.page import write
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -35,7 +36,7 @@ def opened(make, tmp_path_factory):
     (run / "run.json").write_text("{}")
     log = "".join(f'{{"step": {step}, "total": {1 / step}, "lr": 1}}\n' for step in range(1, 6))
     (run / "log.jsonl").write_text(log)
-    report.write(folder, folder / "report.html")
+    write(folder, folder / "report.html")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield SimpleNamespace(browser=browser, address=f"file://{folder}/report.html", found=found)
@@ -200,7 +201,7 @@ def test_less_is_shown_where_less_is_there(opened, tmp_path, kept):
     rows = [("mine", "A", "mse", 0.5), ("mine", "B", "mse", np.nan)]
     frame = opened.found if kept else pd.DataFrame(rows, columns=["model", "condition", "metric", "value"])
     tables.write(frame, tmp_path)
-    report.write(tmp_path, tmp_path / "report.html")
+    write(tmp_path, tmp_path / "report.html")
     page = opened.browser.new_page()
     wrong = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -214,7 +215,7 @@ def test_less_is_shown_where_less_is_there(opened, tmp_path, kept):
 @pytest.mark.slow
 def test_a_large_report_opens_at_once(opened, large_folder, tmp_path):
     """Within two seconds on a quiet machine; the bound is for a busy one."""
-    report.write(large_folder, tmp_path / "report.html")
+    write(large_folder, tmp_path / "report.html")
     page = opened.browser.new_page(viewport={"width": 1440, "height": 850})
     began = time.monotonic()
     page.goto(f"file://{tmp_path}/report.html")

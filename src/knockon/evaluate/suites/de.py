@@ -27,9 +27,9 @@ from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 
-from knockon.evaluate.generation import halves
 from knockon.evaluate.metrics import Metric, Values, pearson
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.suites.generation import halves
 from knockon.evaluate.truth import TESTED
 
 Genes = Bool[np.ndarray, "conditions genes"]

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from knockon.evaluate import report, tables
-from knockon.evaluate.findings import Findings
-from knockon.evaluate.payload import encode
+from knockon.evaluate import tables
+from knockon.evaluate.report.findings import Findings
+from knockon.evaluate.report.page import number, picture, write
+from knockon.evaluate.report.payload import encode
 from knockon.evaluate.suites import ALL, METRICS
 from knockon.types import UserError
 
@@ -18,7 +19,7 @@ CLOSING = "</script><script>alert(1)</script>"
 
 
 def text_of(folder):
-    report.write(folder, folder / "report.html")
+    write(folder, folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -60,7 +61,7 @@ def test_names_cannot_break_out_of_the_page(comparison):
 
 def test_equal_folders_give_equal_reports(comparison):
     for name in ("one.html", "two.html"):
-        report.write(comparison, comparison / name)
+        write(comparison, comparison / name)
     assert (comparison / "one.html").read_bytes() == (comparison / "two.html").read_bytes()
 
 
@@ -97,7 +98,7 @@ def test_a_folder_without_a_comparison_is_refused_and_nothing_is_written(compari
     else:
         path.write_text("" if damage == "empty" else "model,metric\nx,mse\n")
     with pytest.raises(UserError, match=r"summary\.csv"):
-        report.write(comparison, comparison / "report.html")
+        write(comparison, comparison / "report.html")
     assert not (comparison / "report.html").exists()
 
 
@@ -116,7 +117,7 @@ def test_a_damaged_file_is_named(comparison, name, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")):
-        report.write(comparison, comparison / "report.html")
+        write(comparison, comparison / "report.html")
 
 
 def test_what_else_lies_in_the_folder_is_shown(comparison):
@@ -149,7 +150,7 @@ def test_nobody_looked_for_flags_is_not_no_flags(comparison):
 
 def test_the_picture_is_written_in_the_format_of_its_name(make, tmp_path):
     tables.write(make.scored({"no_effect": 1.0, HOSTILE: 0.5, "ceiling": 0.2}, ["A"], ["mse"]), tmp_path)
-    report.picture(tmp_path, tmp_path / "scores.png")
+    picture(tmp_path, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -205,7 +206,7 @@ def test_baselines_alone_are_called_so(tmp_path):
     ],
 )
 def test_numbers_have_three_digits(value, text):
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 # ---- its size ----------------------------------------------------------------------------------------
@@ -222,5 +223,5 @@ def test_arrays_are_packed_within_half_a_step(values):
 
 
 def test_a_hundred_conditions_of_five_thousand_genes_and_nine_models_stay_small(large_folder, tmp_path):
-    report.write(large_folder, tmp_path / "report.html")
+    write(large_folder, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 15e6

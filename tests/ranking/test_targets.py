@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from knockon.data.screen import Screen
-from knockon.targets import Target, read
+from knockon.ranking.targets import Target, read
 from knockon.types import Label, UserError
 
 GENES = ("g1", "g2", "g3")

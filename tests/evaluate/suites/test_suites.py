@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from knockon.evaluate import generation, suites
+from knockon.evaluate import suites
 from knockon.evaluate.metrics import METRICS
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import moments
-from knockon.evaluate.suites import SUITES, score
+from knockon.evaluate.suites import SUITES, generation, score
 from knockon.evaluate.truth import Truth
 from knockon.types import UserError
 

@@ -10,11 +10,11 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from knockon.changes import Changes, Draws, OfRun
 from knockon.data.splits import singles
-from knockon.novelty import Experience
+from knockon.ranking.changes import Changes, Draws, OfRun
+from knockon.ranking.novelty import Experience
+from knockon.ranking.targets import Asked, Target
 from knockon.run import Run
-from knockon.targets import Asked, Target
 from knockon.types import Label, UserError
 
 log = logging.getLogger("knockon")
@@ -207,7 +207,7 @@ def rank(
     Parameters
     ----------
     source
-        A run, or cells that were predicted (``knockon.changes.OfFile``).
+        A run, or cells that were predicted (``knockon.ranking.changes.OfFile``).
     candidates
         Such as ``"A+B"``; all pairs without it (see ``knockon.predict.all_pairs``).
     target

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from knockon.evaluate import cell_eval, suites
+from knockon.evaluate import suites
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.suites import cell_eval
 from knockon.types import UserError
 
 from .toy import SCALES, known, log1p, with_control

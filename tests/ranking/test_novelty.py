@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 
 from knockon.data.screen import Screen
-from knockon.novelty import Experience
+from knockon.ranking.novelty import Experience
 from knockon.types import Label
 
 KNOWN = [

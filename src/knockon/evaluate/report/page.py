@@ -12,14 +12,14 @@ from typing import Any
 
 import pandas as pd
 
-from knockon.evaluate import panel, portrait
-from knockon.evaluate.findings import Findings, RunCard, of_ours, sign
-from knockon.evaluate.payload import payload
+from knockon.evaluate.report import panel, portrait
+from knockon.evaluate.report.findings import Findings, RunCard, of_ours, sign
+from knockon.evaluate.report.payload import payload
 from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.files import write_text, written_aside
 from knockon.types import UserError
 
-FILES = resources.files("knockon.evaluate")
+FILES = resources.files("knockon.evaluate.report")
 
 
 def write(folder: str | Path, out: str | Path) -> None:
@@ -45,7 +45,7 @@ def write(folder: str | Path, out: str | Path) -> None:
     environment.filters["number"] = number
     data = payload(found, portrait.read(Path(folder)))
     colors = panel.colors([*found.models, CEILING])
-    page = environment.from_string(_text("report.html")).render(
+    page = environment.from_string(_text("page.html")).render(
         title=Path(folder).resolve().name,
         found=found,
         colors={name: f"--light:{color.light};--dark:{color.dark}" for name, color in colors.items()},
@@ -56,8 +56,8 @@ def write(folder: str | Path, out: str | Path) -> None:
         runs=[_card(run) for run in found.runs],
         command=_command(found),
         data=_embedded(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
-        style=_embedded(_text("report.css")),
-        script=_embedded(_text("report.js") + _text("plots.js")),
+        style=_embedded(_text("page.css")),
+        script=_embedded(_text("page.js") + _text("plots.js")),
         plotly=_embedded(plotly.get_plotlyjs()),
     )
     write_text(Path(out), page)
@@ -80,7 +80,7 @@ def picture(folder: str | Path, out: str | Path) -> None:
     """
     found = Findings.read(Path(folder))
     with written_aside(Path(out)) as aside:
-        _installed("knockon.evaluate.picture").draw(found.summary).savefig(aside, dpi=160)
+        _installed("knockon.evaluate.report.picture").draw(found.summary).savefig(aside, dpi=160)
 
 
 def number(value: object) -> str:

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from knockon.evaluate import scdfm_2025, suites
+from knockon.evaluate import suites
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.suites import scdfm_2025
 
 from .toy import SCALES
 from .toy_pairs import pairs, reality, scored

@@ -5,7 +5,10 @@ import pytest
 import scipy.sparse as sp
 from sklearn.metrics import balanced_accuracy_score
 
-from knockon.evaluate.interaction import (
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.scores import ceiling
+from knockon.evaluate.suites import score
+from knockon.evaluate.suites.interaction import (
     CLASSES,
     METRICS,
     RATE,
@@ -20,9 +23,6 @@ from knockon.evaluate.interaction import (
     non_additive,
     table,
 )
-from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.scores import ceiling
-from knockon.evaluate.suites import score
 from knockon.evaluate.truth import Truth
 from knockon.types import UserError
 

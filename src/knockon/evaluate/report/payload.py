@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Num
 
-from knockon.evaluate import panel
-from knockon.evaluate.findings import Findings, RunCard, of_ours, sign
-from knockon.evaluate.portrait import Portrait, Scene, Side
+from knockon.evaluate.report import panel
+from knockon.evaluate.report.findings import Findings, RunCard, of_ours, sign
+from knockon.evaluate.report.portrait import Portrait, Scene, Side
 from knockon.evaluate.summary import BASELINES, CEILING
 
 MISSING = -32768

@@ -19,11 +19,11 @@ import scipy.sparse as sp
 from jaxtyping import Float
 from scipy.spatial.distance import pdist
 
-from knockon.evaluate import generation
-from knockon.evaluate.generation import CELLS, IN_SPACE, Others, Points, Sample, drawn, each, mmd2
 from knockon.evaluate.metrics import FLAT, Metric, Values, energy
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import num_cells
+from knockon.evaluate.suites import generation
+from knockon.evaluate.suites.generation import CELLS, IN_SPACE, Others, Points, Sample, drawn, each, mmd2
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 """Widths of the kernels of ``mmd2_median``, in median distances of real cells."""

@@ -8,7 +8,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from knockon.evaluate.panel import GRAYS, ROOM, anchor, colors, limits
+from knockon.evaluate.report.panel import GRAYS, ROOM, anchor, colors, limits
 from knockon.evaluate.suites import METRICS
 from knockon.evaluate.summary import CEILING
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from knockon.changes import Changes, Draws
 from knockon.data.screen import Screen
-from knockon.rank import cosine, covered, excess, interval, length, rank, scale, square
+from knockon.ranking.changes import Changes, Draws
+from knockon.ranking.rank import cosine, covered, excess, interval, length, rank, scale, square
 from knockon.types import Label, UserError
 
 GENES = 60

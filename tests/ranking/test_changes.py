@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from knockon import models
-from knockon.changes import Draws, OfFile, OfRun
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
+from knockon.ranking.changes import Draws, OfFile, OfRun
 from knockon.run import Run
 from knockon.train import train
 from knockon.types import Label, UserError

@@ -4,8 +4,11 @@ import pytest
 import scipy.sparse as sp
 from scipy.stats import wasserstein_distance
 
-from knockon.evaluate import distribution, generation, metrics
-from knockon.evaluate.distribution import (
+from knockon.evaluate import metrics
+from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.scores import ceiling
+from knockon.evaluate.suites import distribution, generation, score
+from knockon.evaluate.suites.distribution import (
     METRICS,
     Evidence,
     energy_pca,
@@ -15,9 +18,6 @@ from knockon.evaluate.distribution import (
     w1,
     w1_genes,
 )
-from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.scores import ceiling
-from knockon.evaluate.suites import score
 from knockon.evaluate.truth import Truth
 
 NAMES = "energy_pca mmd2_median w1_genes frechet nn_accuracy_error spread_error"

@@ -3,8 +3,9 @@ import pytest
 from scipy.linalg import sqrtm
 from sklearn.metrics import r2_score
 
-from knockon.evaluate import generation, metrics
-from knockon.evaluate.generation import (
+from knockon.evaluate import metrics
+from knockon.evaluate.suites import generation
+from knockon.evaluate.suites.generation import (
     BANDWIDTHS,
     METRICS,
     Evidence,

@@ -10,7 +10,7 @@ import pytest
 from knockon.evaluate import suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.scores import anchors
-from knockon.evaluate.vcc_2026 import METRICS, config
+from knockon.evaluate.suites.vcc_2026 import METRICS, config
 from knockon.types import UserError
 
 from .toy import SCALES, known, log1p, with_control

@@ -13,7 +13,7 @@ from knockon.evaluate.suites import cell_eval
 from knockon.types import UserError
 
 from .toy import SCALES, known, log1p, with_control
-from .toy_pairs import pairs, reality, scored, world
+from .toy_pairs import lonely, pairs, reality, scored, world
 
 TABLE = pd.DataFrame(
     {
@@ -160,3 +160,18 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cell_eval", None)
     with pytest.raises(UserError, match=r"needs the package cell-eval.*knockon\[eval\]"):
         suites.score(pairs("half"), "cell-eval")
+
+
+def test_among_one_condition_none_is_told_apart():
+    found = scored(lonely(), "cell-eval")
+    assert len(found) == 1
+    assert not [name for name in found if name.startswith("discrimination")]
+
+
+def test_too_many_distances_are_not_computed(monkeypatch):
+    truth = reality()
+    few = Pairs.align(log1p(world().predictions["half"]), truth.select(truth.labels[:3]))
+    monkeypatch.setattr(cell_eval, "MOST", 300**2 * 500 - 1)
+    monkeypatch.setattr(cell_eval, "SLOW", ("pearson_edistance", "clustering_agreement"))  # which compiles
+    found = scored(few, "cell-eval")
+    assert set(found) == {*cell_eval.ERRORS, *cell_eval.ALONE, "de_spearman_sig"}

@@ -10,7 +10,7 @@ from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.suites import scdfm_2025
 
 from .toy import SCALES
-from .toy_pairs import pairs, reality, scored
+from .toy_pairs import lonely, pairs, reality, scored
 
 FROZEN = pd.read_csv(Path(__file__).parent / "toy_scdfm_2025.csv", comment="#", index_col=[0, 1])
 """Of cell-eval 0.5.42 itself on the same cells; see benchmarks/toy_scdfm_2025.py."""
@@ -144,3 +144,9 @@ def test_areas_of_ties_and_of_perfect_and_reversed_orders():
     assert scdfm_2025.pr_auc(np.array([[0.1, 0.2, 0.3, 0.4]]), real) == 1
     assert scdfm_2025.roc_auc(np.array([[0.4, 0.3, 0.2, 0.1]]), real) == 0
     assert np.isnan(scdfm_2025.roc_auc(np.ones((1, 4)), np.ones((1, 4))))
+
+
+def test_among_one_condition_none_is_told_apart():
+    found = scored(lonely(), "scdfm-2025")
+    assert len(found) == 1
+    assert not [name for name in found if name.startswith("discrimination")]

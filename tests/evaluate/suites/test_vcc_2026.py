@@ -14,7 +14,7 @@ from knockon.evaluate.suites.vcc_2026 import METRICS, config
 from knockon.types import UserError
 
 from .toy import SCALES, known, log1p, with_control
-from .toy_pairs import pairs, reality, scored, split_of, world
+from .toy_pairs import lonely, pairs, reality, scored, split_of, world
 
 SHORT = {
     "pds_cosine": "pds",
@@ -153,3 +153,9 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cell_eval2", None)
     with pytest.raises(UserError, match=r"needs the package cell-eval2.*knockon\[eval\]"):
         suites.score(pairs("half", counts=True), "vcc2026")
+
+
+def test_among_one_condition_none_is_told_apart():
+    found = scored(lonely(counts=True), "vcc2026")
+    assert len(found) == 1
+    assert not [name for name in found if name.startswith("pds")]

@@ -33,6 +33,13 @@ def reality(*, counts: bool = False) -> Truth:
     return truth(world().real if counts else log1p(world().real))
 
 
+def lonely(*, counts: bool = False) -> Pairs:
+    """One condition alone."""
+    found = world().predictions["half"]
+    whole = reality(counts=counts)
+    return Pairs.align(found if counts else log1p(found), whole.select(whole.labels[:1]))
+
+
 def truth(adata: anndata.AnnData) -> Truth:
     """Test the twelve, train on the other one."""
     columns = Columns(perturbation_key="perturbation", control="control", covariate_keys=())

@@ -9,8 +9,9 @@ real control cells; values are declared log1p and never guessed; contexts are sc
 doses and combinations, the whole text is the name.
 
 A NaN of the package stays where the *real* cells cannot tell (no significant gene, numbers that do not vary)
-and counts as 0 where the prediction is to blame. ``de_nsig_counts`` is no score and is left out.
-``pearson_edistance`` needs all distances between cells; ``clustering_agreement`` says little of fewer than
+and counts as 0 where the prediction is to blame. Discrimination is left out where one condition stands
+alone. ``de_nsig_counts`` is no score and is left out. ``pearson_edistance`` needs all distances between
+cells and is left out where they are too many (``MOST``); ``clustering_agreement`` says little of fewer than
 some dozens of conditions.
 """
 
@@ -24,6 +25,7 @@ import pandas as pd
 
 from knockon.evaluate.metrics import Metric, Noise
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.populations import num_cells
 from knockon.evaluate.suites.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
 from knockon.types import CONTROL, UserError
 
@@ -43,6 +45,9 @@ TOGETHER = ("de_spearman_sig", "pearson_edistance", "clustering_agreement")
 """One value for all conditions of a context, 1 is best."""
 FEWEST = 3
 """Conditions that a value of all of them needs."""
+SLOW = ("pearson_edistance",)
+MOST = 10**10
+"""Squared number of control cells times genes, above which the slow one is left out: it takes minutes."""
 
 
 def gather(pairs: Pairs, cells: int) -> Table:  # noqa: ARG001 (the package takes all cells)
@@ -61,12 +66,11 @@ def _scored(pairs: Pairs, places: np.ndarray) -> dict[str, Column]:
     """Scores of the conditions of one context."""
     truth = pairs.truth
     labels = [truth.labels[i] for i in places]
-    control = truth.population(labels[0].control())
+    control, genes = truth.population(labels[0].control()), truth.screen.genes
     predicted, real = (
-        side(labels, [source[i] for i in places], control, truth.screen.genes)
-        for source in (pairs.cells, truth.cells)
+        side(labels, [source[i] for i in places], control, genes) for source in (pairs.cells, truth.cells)
     )
-    skipped = TOGETHER if len(labels) < FEWEST else ()
+    skipped = TOGETHER if len(labels) < FEWEST else SLOW * (num_cells(control) ** 2 * len(genes) > MOST)
     with TemporaryDirectory() as folder, quiet("cell_eval", "pdex"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = _evaluator()(
@@ -91,6 +95,8 @@ def _told(found: pd.DataFrame) -> dict[str, Column]:
     for name in ALONE:
         told = significant >= ENOUGH.get(name, 0)
         values[name] = np.where(np.isnan(values[name]) & told, 0.0, values[name])
+    if len(found) < 2:  # the package would say 1: without a rival, anything is told apart
+        values |= {name: np.full(len(found), np.nan) for name in CHANCE}
     for name in TOGETHER:
         known = name in found and (name != "de_spearman_sig" or np.ptp(significant) > 0)
         values[name] = np.array(np.nan_to_num(found[name].iloc[0]) if known else np.nan)

@@ -206,6 +206,8 @@ def gather(pairs: Pairs, cells: int) -> Evidence:  # noqa: ARG001 (all cells are
 
 def _discrimination(distance: Literal["l1", "l2", "cosine"]) -> Callable[..., Values]:
     def scored(predicted: Means, real: Means, control: Means) -> Values:
+        if len(real) < 2:  # without a rival, anything is told apart
+            return np.full(len(real), np.nan)
         return metrics.discrimination_scdfm(predicted, real, control, distance)
 
     scored.__doc__ = f"Discrimination by the {distance} distance of *absolute* effects; sign-blind."

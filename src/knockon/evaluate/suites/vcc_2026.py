@@ -94,6 +94,8 @@ def _scored(pairs: Pairs, predicted: tuple[sp.csr_matrix, ...], places: np.ndarr
     alone = [name for name in (*HIGHER, *LOWER) if name != TOGETHER]
     wide = wide.reindex(index=names, columns=[*alone, REAL])  # what no condition has is in no line of theirs
     values: dict[str, Column] = {name: wide[name].to_numpy(float) for name in alone}
+    if len(names) < 2:  # the package would say 1: without a rival, anything is told apart
+        values["pds_cosine"] = np.full(len(names), np.nan)
     # the package refuses this ratio where the real effects are no larger than their noise
     measurable = wide[REAL].sum() > 0
     overall = package.aggregate_metrics(long) if measurable else None

@@ -70,3 +70,12 @@ def test_what_has_no_counts_is_refused(make, screen, split, prediction, counted)
     foreign.obs["control_cell"] = "nobody"
     with pytest.raises(UserError, match="does not tell the control cells"):
         counts(Pairs.align(foreign, truth))
+
+
+def test_cells_are_left_as_they_are():
+    """Counts that are drawn as 0 leave their matrix, which shares nothing with that of the cells."""
+    cells = sp.random(20, 50, 0.3, format="csr", random_state=np.random.default_rng(0))
+    before = cells.copy()
+    drawn(cells, np.full(20, 5.0), np.random.default_rng(0))
+    for name in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(cells, name), getattr(before, name))

@@ -70,7 +70,7 @@ def drawn(cells: sp.csr_matrix, sizes: Float[np.ndarray, "cells"], rng: np.rando
         Counts that each cell has on average. A cell without any value gets none.
     """
     odds = np.expm1(cells.data.astype(np.float64))
-    expected = sp.csr_matrix((odds, cells.indices, cells.indptr), cells.shape)
+    expected = sp.csr_matrix((odds, cells.indices, cells.indptr), cells.shape, copy=True)
     sums = np.asarray(expected.sum(axis=1)).ravel()
     shares = np.divide(sizes, sums, out=np.zeros_like(sums), where=sums > 0)
     expected.data *= np.repeat(shares, np.diff(expected.indptr))

@@ -29,7 +29,7 @@ def num_distinct(cells: sp.csr_matrix) -> int:
 
 def exact(cells: sp.csr_matrix) -> sp.csr_matrix:
     """Cells in float64, without stored zeros."""
-    cells = sp.csr_matrix(cells, dtype=np.float64)
+    cells = sp.csr_matrix(cells, dtype=np.float64, copy=True)
     cells.eliminate_zeros()
     return cells
 

@@ -37,10 +37,10 @@ def render(summary: pd.DataFrame) -> Table:
         title="means over the test conditions; floor on the left, ceiling on the right; "
         "in parentheses, 0 is the best simple baseline and 1 a replicate"
     )
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for name in columns:
         kind = {FLOOR: "floor", CEILING: ""}.get(name, "baseline" if name in BASELINES else "")
-        table.add_column(f"{escape(name)}\n[dim]{kind}[/dim]", justify="right")
+        table.add_column(f"{escape(name)}\n[dim]{kind}[/dim]", justify="right", no_wrap=True)
     found = set(summary["metric"])
     shown = [metric for metric in METRICS if metric.name in found]
     if any(metric.how for metric in shown):

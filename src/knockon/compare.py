@@ -77,8 +77,7 @@ def compare(
             "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(ANCHORS)
         )
     _announce(split)
-    found: list[pd.DataFrame] = []
-    raised: list[pd.DataFrame] = []
+    judged: list[scores.Judged] = []
     truth: Truth | None = None
     album: Album | None = None
     fallback: Run | None = None
@@ -95,25 +94,22 @@ def compare(
         predicted = _predicted(run, fallback, path, comparison, quiet=options.quiet)
         if name == comparison.fallback:
             fallback = run
-        pairs = Pairs.align(predicted, truth)
-        found.append(suites.score(pairs, comparison.suite).assign(model=name))
-        raised.append(flags.check(pairs).assign(model=name))
-        for line in flags.describe(raised[-1]) if name not in ANCHORS else ():
-            log.warning("%s: %s", name, line)
         album = album or Album.begin(folder, truth)
-        album.add(name, pairs)
-    if truth is None or not found:
+        judged.append(scores.look(name, Pairs.align(predicted, truth), comparison.suite, album))
+        for line in flags.describe(judged[-1].flags) if name not in ANCHORS else ():
+            log.warning("%s: %s", name, line)
+    if truth is None:
         raise UserError("No model could predict the test conditions", mend="choose other --models")
     top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=CEILING)
-    whole = pd.concat([*found, top], ignore_index=True)
-    verdict = Verdict(
-        scores=whole,
+    raised = [one.flags for one in judged]
+    return Verdict(
+        scores=pd.concat([*(one.scores for one in judged), top], ignore_index=True),
         truth=truth,
         split=split,
         suite=comparison.suite,
         flags=pd.concat([table for table in raised if len(table)] or raised[:1], ignore_index=True),
-    )
-    return verdict.write(folder)
+        notes={one.name: one.notes for one in judged},
+    ).write(folder)
 
 
 def _recipes(comparison: Comparison) -> dict[str, Recipe]:

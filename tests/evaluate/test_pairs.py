@@ -5,6 +5,7 @@ import scipy.sparse as sp
 
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.prediction import Reading, read
+from knockon.evaluate.suites import generation
 from knockon.evaluate.truth import Truth
 from knockon.types import Label, UserError
 
@@ -283,3 +284,30 @@ def test_a_split_of_another_screen_is_refused(make, screen, split, prediction):
 def test_an_empty_part_is_refused(make, screen, prediction):
     with pytest.raises(UserError, match="test part of the split is empty"):
         Pairs.of(prediction, screen, make.split(screen, lambda _: False))
+
+
+def test_counts_without_a_gene_leave_the_other_genes_as_they_are(make):
+    """Even if that gene has half of all counts: what is there has its real share of the total."""
+    cells = make.cells(["control", "A", "B", "A+B"], cells=40)
+    cells.X = np.rint(np.expm1(cells.X.toarray()))
+    cells.X[:, 0] += np.rint(cells.X[:, 1:].sum(axis=1).mean())
+    screen = make.screen(cells)
+    split = make.split(screen, lambda label: label.perturbation == "A+B")
+    found = cells[cells.obs["perturbation"] == "A+B", 1:].copy()
+    pairs = Pairs.of(found, screen, split)
+    whole = Pairs.of(cells[cells.obs["perturbation"] == "A+B"].copy(), screen, split)
+    off = pairs.moments.mean[0, 1:] - whole.moments.mean[0, 1:]
+    assert np.abs(off).mean() < 0.05
+
+
+def test_one_predicted_cell_is_compared_with_as_many_real_cells_as_a_population(make, screen, split):
+    truth = Truth.of(screen, split)
+    pairs = Pairs.align(make.cells([str(label) for label in truth.labels], cells=1, seed=3), truth)
+    real = generation.drawn(pairs, 256)
+    assert {len(y.indptr) - 1 for _, y in real} == {15}
+
+
+def test_a_prediction_tells_what_was_done_to_it(make, screen, split, prediction):
+    pairs = Pairs.of(prediction[:, 1:].copy(), screen, split)
+    assert any("lacks 1 of" in note for note in pairs.remarks)
+    assert not set(pairs.remarks) & set(pairs.truth.notes)

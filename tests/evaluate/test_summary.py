@@ -62,6 +62,15 @@ def test_calibrated_is_empty_where_a_metric_has_no_room():
         assert table["calibrated"].isna().all()
 
 
+def test_calibrated_is_of_the_conditions_that_the_ceiling_has():
+    """Of few cells the halves of a ceiling may give no value, where whole conditions do."""
+    values = [0.9, 0.1, 0.1, 0.1]
+    rows = {"no_effect": [0.5, 0.0, 0.0, 0.0], "mine": values, "ceiling": [0.95]}
+    table = summarize(long({model: {"pearson_delta": found} for model, found in rows.items()}))
+    assert line(table, "mine", "pearson_delta")["calibrated"] == pytest.approx(0.4 / 0.45)
+    assert line(table, "ceiling", "pearson_delta")["calibrated"] == 1
+
+
 def test_a_baseline_without_all_conditions_is_not_where_calibrated_begins():
     rows = {"no_effect": [5.0, 5.0], "additive": [1.0], "mine": [3.0, 3.0], "ceiling": [1.0, 1.0]}
     table = summarize(long({model: {"mse": values} for model, values in rows.items()}))

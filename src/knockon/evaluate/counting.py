@@ -14,7 +14,6 @@ import scipy.sparse as sp
 from jaxtyping import Float, Int
 
 from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.populations import exact
 from knockon.evaluate.truth import Truth
 from knockon.types import UserError
 
@@ -51,8 +50,9 @@ def counts(pairs: Pairs) -> tuple[sp.csr_matrix, ...]:
 
 def measured(truth: Truth, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
     """Give the counts of the scored genes in some cells of a screen that has counts."""
-    place = {gene: i for i, gene in enumerate(truth.source.genes)}
-    return exact(sp.csr_matrix(truth.source.matrix[rows]))[:, [place[gene] for gene in truth.screen.genes]]
+    found = truth.counted(rows)
+    assert found is not None
+    return found
 
 
 def _totals(truth: Truth, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "cells"]:

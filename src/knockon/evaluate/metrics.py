@@ -329,19 +329,36 @@ def gather(pairs: Pairs, cells: int) -> Evidence:
     )
 
 
+CONTROL = "against the real control of the context, on both sides"
+CENTROID = "against the mean of the training perturbations' means in the context"
 METRICS = (
-    Metric("mse", mse, "lower", 0.0, "square"),
-    Metric("mae", mae, "lower", 0.0, "root"),
-    Metric("l2", l2, "lower", 0.0, "root"),
-    Metric("pearson_delta", pearson_delta, "higher", 1.0, "reliability"),
-    Metric("pearson_delta_top20", pearson_delta_top20, "higher", 1.0, "reliability"),
-    Metric("centroid_delta", centroid_delta, "higher", 1.0, "reliability"),
-    Metric("centroid_delta_top20", centroid_delta_top20, "higher", 1.0, "reliability"),
-    Metric("discrimination", discrimination, "higher", 1.0, "none"),
+    Metric("mse", mse, "lower", 0.0, "square", how="means of log1p, mean over all genes"),
+    Metric("mae", mae, "lower", 0.0, "root", how="means of log1p, mean over all genes"),
+    Metric("l2", l2, "lower", 0.0, "root", how="means of log1p, all genes"),
+    Metric("pearson_delta", pearson_delta, "higher", 1.0, "reliability", how=f"all genes, {CONTROL}"),
+    Metric(
+        *("pearson_delta_top20", pearson_delta_top20, "higher", 1.0, "reliability"),
+        how=f"the 20 genes that really change most, {CONTROL}",
+    ),
+    Metric("centroid_delta", centroid_delta, "higher", 1.0, "reliability", how=f"all genes, {CENTROID}"),
+    Metric(
+        *("centroid_delta_top20", centroid_delta_top20, "higher", 1.0, "reliability"),
+        how=f"the 20 genes that really change most against control, {CENTROID}",
+    ),
+    Metric(
+        *("discrimination", discrimination, "higher", 1.0, "none"),
+        how="1 - k / (N - 1), L1, signed, mid ranks, all genes, all conditions of the context",
+    ),
     Metric(
         *("energy_distance", energy_distance, "lower", 0.0, "none"),
         how="U-statistic, Euclidean, all genes, at most 256 cells a side",
     ),
-    Metric("variance_corr", variance_corr, "higher", 1.0, "reliability"),
-    Metric("zero_fraction_error", zero_fraction_error, "lower", 0.0, "root"),
+    Metric(
+        *("variance_corr", variance_corr, "higher", 1.0, "reliability"),
+        how="unbiased variances of log1p, genes that vary on either side",
+    ),
+    Metric(
+        *("zero_fraction_error", zero_fraction_error, "lower", 0.0, "root"),
+        how="exact zeros, mean over all genes",
+    ),
 )

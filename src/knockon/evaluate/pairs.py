@@ -1,7 +1,7 @@
 """Prediction and truth, aligned condition by condition and checked once, before anything is scored."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from jaxtyping import Bool, Int
 from knockon.data import values
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.data.values import Matrix
 from knockon.evaluate.differential import Differences
 from knockon.evaluate.populations import Moments, exact, moments, num_cells
 from knockon.evaluate.prediction import Prediction, read
@@ -65,6 +64,11 @@ class Pairs:
         found = moments(self.cells)
         return replace(found, variance=np.nan_to_num(found.variance))
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What of the notes is about the prediction."""
+        return tuple(note for note in self.notes if note not in self.truth.notes)
+
     @cached_property
     def differences(self) -> Differences:
         """Of predicted cells from real control cells; see ``Truth.differing``."""
@@ -74,7 +78,7 @@ class Pairs:
     def of(cls, prediction: Prediction | AnnData | str | Path, screen: Screen, split: Split) -> "Pairs":
         """Align a prediction with the test part of a screen; see ``align``."""
         found = prediction if isinstance(prediction, Prediction) else read(prediction, screen)
-        pairs = cls.align(found, Truth.of(found.prepare(screen), split))
+        pairs = cls.align(found, Truth.of(found.prepare(screen), split, source=screen))
         return replace(pairs, notes=(*pairs.notes, *found.remarks(split)))
 
     @classmethod
@@ -104,15 +108,14 @@ class Pairs:
         outside = _outside(found, truth)
         truth = truth.select(found.rows)
         raw = _arranged(found.matrix, places)
-        matrix, scaled = _in_log1p(raw, found, truth)
         absent = places < 0
+        matrix, scaled = _in_log1p(raw, found, truth, absent)
         rows = [found.rows[label] for label in truth.labels]
         origins = found.origins(truth.source)
-        source = truth.source.matrix if truth.units == "counts" else None
         return cls(
             truth=truth,
-            cells=_filled([matrix[some] for some in rows], truth, absent, truth.screen.matrix),
-            counts=_filled([raw[some] for some in rows], truth, absent, source)
+            cells=_filled([matrix[some] for some in rows], truth, absent, lambda x: truth.screen.matrix[x]),
+            counts=_filled([raw[some] for some in rows], truth, absent, truth.counted)
             if found.units == "counts"
             else None,
             origins=None if origins is None else tuple(origins[some] for some in rows),
@@ -188,9 +191,16 @@ def _arranged(matrix: sp.csr_matrix, places: Int[np.ndarray, "genes"]) -> sp.csr
     )
 
 
-def _in_log1p(raw: sp.csr_matrix, found: Prediction, truth: Truth) -> tuple[sp.csr_matrix, list[str]]:
-    """Bring values to log1p of the truth's total."""
+def _in_log1p(
+    raw: sp.csr_matrix, found: Prediction, truth: Truth, absent: Bool[np.ndarray, "genes"]
+) -> tuple[sp.csr_matrix, list[str]]:
+    """Bring values to log1p of the truth's total.
+
+    What the genes that are there sum to is brought to the share of that total that they really have.
+    """
     ours, theirs = truth.screen.total, found.total
+    if ours is not None and absent.any() and (found.units == "counts" or found.plain):
+        ours *= truth.share(~absent)
     if found.units == "counts" and ours is not None:
         return values.log1p(raw, ours * (1.0 if truth.units == "counts" else found.share)), []
     if found.units == "counts" or (truth.units == "counts" and theirs is None):
@@ -210,16 +220,20 @@ def _in_log1p(raw: sp.csr_matrix, found: Prediction, truth: Truth) -> tuple[sp.c
 
 
 def _filled(
-    cells: Sequence[sp.csr_matrix], truth: Truth, absent: Bool[np.ndarray, "genes"], source: Matrix | None
+    cells: Sequence[sp.csr_matrix],
+    truth: Truth,
+    absent: Bool[np.ndarray, "genes"],
+    measured: Callable[[Int[np.ndarray, "_"]], sp.csr_matrix | None],
 ) -> tuple[sp.csr_matrix, ...]:
     """Cells of each condition, in which genes that were not predicted are silenced or unchanged.
 
     Parameters
     ----------
-    source
-        Has the control cells whose values are taken; None where there are none in these units.
+    measured
+        Gives real cells by their rows, for the values of control cells; None where there are none in these
+        units.
     """
-    if source is None or not absent.any():
+    if not absent.any() or measured(np.zeros(0, dtype=np.int64)) is None:
         return tuple(exact(some) for some in cells)
     filled = []
     for some, label, real, control in zip(
@@ -229,5 +243,5 @@ def _filled(
         rows, count = truth.screen.control_rows(label), num_cells(some)
         rng = np.random.default_rng(zlib.crc32(str(label).encode()))
         drawn = rng.choice(rows, count, replace=count > len(rows))
-        filled.append(exact(some + sp.csr_matrix(source[drawn]) @ sp.diags(unchanged.astype(np.float64))))
+        filled.append(exact(some + sp.csr_matrix(measured(drawn)) @ sp.diags(unchanged.astype(np.float64))))
     return tuple(filled)

@@ -62,8 +62,12 @@ def moments(populations: Sequence[sp.csr_matrix]) -> Moments:
 def draw(
     label: Label, predicted: sp.csr_matrix, real: sp.csr_matrix, most: int
 ) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Equally many cells of both sides; at least two where there are, since one has no distance within."""
-    count = max(2, min(num_cells(predicted), num_cells(real), most))
+    """Draw equally many cells of both sides; at least two, where there are, since one has no distance within.
+
+    A prediction of one cell stands for a population of that cell, and so does not limit the real side.
+    """
+    few = num_cells(predicted) if num_cells(predicted) > 1 else most
+    count = max(2, min(few, num_cells(real), most))
     rng = np.random.default_rng(zlib.crc32(str(label).encode()))
     return _some(predicted, count, rng), _some(real, count, rng)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +20,7 @@ from knockon.evaluate.populations import mean, num_cells
 from knockon.evaluate.prediction import Prediction, read
 from knockon.evaluate.report.portrait import Album
 from knockon.evaluate.suites import Asked, metric_named, score
-from knockon.evaluate.summary import BASELINES, CEILING
+from knockon.evaluate.summary import BASELINES, CEILING, refuse_empty
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
 from knockon.models.additive import Config as AdditiveConfig
@@ -78,12 +78,41 @@ def judge(
         log.info(note)
     name = pairs.model if pairs.model not in (*BASELINES, CEILING) else "prediction"
     album = None if out is None else Album.begin(out, pairs.truth)
+    found = look(name, pairs, suite, album)
+    return Verdict(
+        scores=_ordered(found.scores, anchors(pairs.truth, split, suite, seed=seed, album=album)),
+        truth=pairs.truth,
+        split=split,
+        suite=suite,
+        flags=found.flags,
+        notes={name: found.notes},
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """What was found of one prediction: its scores and flags with its name, and how it was aligned."""
+
+    name: str
+    scores: pd.DataFrame
+    flags: pd.DataFrame
+    notes: tuple[str, ...]
+
+
+def look(name: str, pairs: Pairs, suite: Asked, album: Album | None = None) -> Judged:
+    """Score aligned cells, raise their flags, and take their portrait for an album.
+
+    Raises
+    ------
+    UserError
+        If the real cells can give none of the scores.
+    """
+    scores = score(pairs, suite).assign(model=name)
+    refuse_empty(scores)
     if album:
         album.add(name, pairs)
-    scores = score(pairs, suite).assign(model=name)
-    scores = _ordered(scores, anchors(pairs.truth, split, suite, seed=seed, album=album))
     raised = flags.check(pairs).assign(model=name)
-    return Verdict(scores=scores, truth=pairs.truth, split=split, suite=suite, flags=raised)
+    return Judged(name=name, scores=scores, flags=raised, notes=pairs.remarks)
 
 
 def anchors(
@@ -154,7 +183,10 @@ def ceiling(truth: Truth, suite: Asked = "core", *, seed: int = 0) -> pd.DataFra
         return pd.DataFrame({"condition": [], "metric": [], "value": []})
     rng = np.random.default_rng(seed)
     halves = pd.concat([score(_halved(truth, rng), suite) for _ in range(HALVINGS)])
-    means = halves.groupby(["condition", "metric"], sort=False)["value"].mean().reset_index()
+    groups = halves.groupby(["condition", "metric"], sort=False, as_index=False)
+    means = groups.agg(value=("value", "mean"), told=("value", "size"))
+    # what only some halvings can tell would be a mean of the lucky ones
+    means = means.loc[means["told"] == HALVINGS, ["condition", "metric", "value"]].reset_index(drop=True)
     whole = [_whole(value, name) for name, value in zip(means["metric"], means["value"], strict=True)]
     return means.assign(value=whole)
 

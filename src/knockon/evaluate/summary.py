@@ -48,26 +48,22 @@ def summarize(
         bootstrap interval over conditions, empty for fewer than two. ``calibrated`` is 0 for the best
         baseline that has all conditions and 1 for the ceiling, whatever the metric's direction; empty
         where the ceiling is not better than that baseline, since the metric has no room to measure then.
+        It is of the conditions that model, baseline and ceiling share: halves may be too small for a
+        score that whole conditions have.
 
     Raises
     ------
     UserError
         If there is nothing to summarize, because the real cells could give none of the scores.
     """
-    if scores["value"].count() == 0:
-        raise UserError(
-            "The real cells of the test conditions can give none of the scores that were asked for",
-            expected="conditions and numbers of cells that a metric is defined for, see docs/evaluation.md",
-            mend="choose another --suite, or --suite core beside it",
-        )
+    refuse_empty(scores)
     rows = []
     for one in _by_metric(scores, ceiling):
         means = {model: values.mean() for model, values in one.values.items()}
-        start = means.get(one.best(baselines) or "", np.nan)
+        best = one.best(baselines)
         anchored = means.get(floor, np.nan), means.get(ceiling, np.nan)
-        room = one.sign * (anchored[1] - start)
         for model, values in one.values.items():
-            calibrated = one.sign * (means[model] - start) / room if room > 0 else np.nan
+            calibrated = np.nan if best is None else one.calibrated(model, best, ceiling)
             bounds = _interval(values.to_numpy(), np.random.default_rng(seed))
             rows.append((model, one.metric, means[model], *bounds, *anchored, calibrated))
     return _in_order_of_models(pd.DataFrame.from_records(rows, columns=SUMMARY), scores)
@@ -109,6 +105,22 @@ def paired(
     return _in_order_of_models(pd.DataFrame.from_records(rows, columns=PAIRED), scores)
 
 
+def refuse_empty(scores: pd.DataFrame) -> None:
+    """Refuse scores without any value.
+
+    Raises
+    ------
+    UserError
+        If the real cells could give none of the scores.
+    """
+    if scores["value"].count() == 0:
+        raise UserError(
+            "The real cells of the test conditions can give none of the scores that were asked for",
+            expected="conditions and numbers of cells that a metric is defined for, see docs/evaluation.md",
+            mend="choose another --suite, or --suite core beside it",
+        )
+
+
 @dataclass(frozen=True)
 class _OfOneMetric:
     """Values of each model by condition; ``sign`` is -1 where lower is better."""
@@ -122,6 +134,15 @@ class _OfOneMetric:
         most = max(map(len, self.values.values()))
         whole = [name for name in baselines if name in self.values and len(self.values[name]) == most]
         return max(whole, key=lambda name: self.sign * self.values[name].mean(), default=None)
+
+    def calibrated(self, model: str, start: str, end: str) -> float:
+        """Place a model between two others, by the conditions that all three have; NaN where none is room."""
+        if end not in self.values:
+            return np.nan
+        three = pd.concat([self.values[name] for name in (model, start, end)], axis=1, join="inner")
+        at, zero, one = three.to_numpy().mean(axis=0) if len(three) else (np.nan,) * 3
+        room = self.sign * (one - zero)
+        return float(self.sign * (at - zero) / room) if room > 0 else np.nan
 
 
 def _by_metric(scores: pd.DataFrame, ceiling: str) -> Iterator[_OfOneMetric]:

@@ -82,6 +82,20 @@ class Truth:
         screen = self.screen
         return _cells(screen, screen.control_rows(label) if label.is_control else screen.rows[label])
 
+    def counted(self, rows: Int[np.ndarray, "_"]) -> sp.csr_matrix | None:
+        """Find the counts of the panel's genes in some cells of the screen; None of a screen in log1p."""
+        if self.source.units != "counts":
+            return None
+        place = {gene: i for i, gene in enumerate(self.source.genes)}
+        return _cells(self.source, rows)[:, [place[gene] for gene in self.screen.genes]]
+
+    def share(self, genes: Bool[np.ndarray, "genes"]) -> float:
+        """Share of some genes in what all genes of the control cells sum to, before the logarithm."""
+        sums = np.zeros(len(genes))
+        for cells in self._controls.values():
+            sums += np.bincount(cells.indices, np.expm1(cells.data), minlength=len(genes))
+        return float(sums[genes].sum() / sums.sum())
+
     @cached_property
     def differences(self) -> Differences:
         """Of real cells from control."""

@@ -1,6 +1,7 @@
 """What was found about predictions of the same test conditions, and the folder that it is written to."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,8 @@ class Verdict:
         Which metrics.
     flags
         What ``flags.check`` raised, with a column ``model`` in front; None where nobody looked.
+    notes
+        What was done to align each prediction, by model.
     """
 
     scores: pd.DataFrame
@@ -38,6 +41,7 @@ class Verdict:
     split: Split
     suite: Asked
     flags: pd.DataFrame | None = None
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -60,6 +64,7 @@ class Verdict:
         return {
             "screen": {
                 "digest": screen.digest,
+                "perturbations": len(screen.spec().perturbations),
                 "units": screen.units,
                 "genes": len(screen.genes),
                 "cells": screen.num_cells,
@@ -79,6 +84,9 @@ class Verdict:
                 for suite in suites
                 for metric in suite.metrics
             },
-            "notes": list(self.truth.notes),
+            "notes": {
+                "screen": list(self.truth.notes),
+                **{name: list(notes) for name, notes in self.notes.items() if notes},
+            },
             "versions": versions(),
         }

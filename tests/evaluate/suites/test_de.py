@@ -166,7 +166,7 @@ def test_both_sides_have_half_of_the_real_cells(world, monkeypatch, caplog):
     many.differing([sp.csr_matrix((400, GENES))] * 5)
     assert sizes == [{80}, {TESTED}]
     assert not caplog.text
-    de.gather(pairs_of(world, ADVERSARIES["replicate"], cells=79), 256)
+    score(pairs_of(world, ADVERSARIES["replicate"], cells=79), "de")
     assert "5 of 5 conditions have fewer predicted cells than the anchors" in caplog.text
 
 

@@ -166,7 +166,7 @@ def test_cells_are_as_many_as_a_half_has(make, screen, split, prediction, caplog
     assert {len(x) for x in generation.gather(Pairs.align(prediction, truth), 9).real_points} == {9}
     assert not caplog.text
     few = make.cells(["A+B", "B+C", "C+D"], cells=14, seed=1)
-    generation.gather(Pairs.align(few, truth), 256)
+    score(Pairs.align(few, truth), "generation")
     assert "3 of 3 conditions have fewer predicted cells than the anchors" in caplog.text
     assert "predict 15 cells" in caplog.text
 

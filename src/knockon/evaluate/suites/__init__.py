@@ -1,5 +1,6 @@
 """Which metrics: the suites. Every convention is named in the module of each suite."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from knockon.evaluate import metrics
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
+from knockon.evaluate.populations import num_cells
 from knockon.evaluate.suites import (
     cell_eval,
     de,
@@ -23,6 +25,7 @@ from knockon.evaluate.suites import (
 )
 from knockon.types import UserError
 
+log = logging.getLogger("knockon")
 Name = Literal[
     "core", "de", "generation", "distribution", "interaction", "systema", "scdfm-2025", "cell-eval", "vcc2026"
 ]
@@ -42,12 +45,15 @@ class Suite:
         Pairs and ``cells`` in, an object with all fields that the metrics need out.
     cells
         Most cells of a condition and side that enter distances between cells.
+    halved
+        Whether as many cells are looked at as a half of the real cells has, on which its numbers depend.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     gather: Callable[[Pairs, int], object]
     cells: int = 256
+    halved: bool = False
 
 
 Asked = Suite | str | Sequence[str]
@@ -85,6 +91,8 @@ def score(pairs: Pairs, suite: Asked = "core") -> pd.DataFrame:
     """
     labels = [str(label) for label in pairs.truth.labels]
     found: dict[str, Float[np.ndarray, "*conditions"]] = {}
+    if any(asked.halved for asked in chosen(suite)):
+        _warn_of_few(pairs)
     for asked in chosen(suite):
         evidence = asked.gather(pairs, asked.cells)
         found |= {metric.name: metric(evidence) for metric in asked.metrics if metric.name not in found}
@@ -107,11 +115,23 @@ def chosen(suite: Asked) -> tuple[Suite, ...]:
     return tuple(suite_named(one) if isinstance(one, str) else one for one in asked)
 
 
+def _warn_of_few(pairs: Pairs) -> None:
+    """Say so where fewer cells are predicted than a replicate has."""
+    wanted = np.minimum(pairs.truth.half, Suite.cells).tolist()
+    few = sum(num_cells(x) < count for x, count in zip(pairs.cells, wanted, strict=True))
+    if few:
+        log.warning(
+            "%d of %d conditions have fewer predicted cells than the anchors, on which distances between "
+            "populations and the genes that are called depend: predict %d cells of each",
+            *(few, len(wanted), max(wanted)),
+        )
+
+
 SUITES = (
     Suite(name="core", metrics=metrics.METRICS, gather=metrics.gather),
-    Suite(name="de", metrics=de.METRICS, gather=de.gather),
-    Suite(name="generation", metrics=generation.METRICS, gather=generation.gather),
-    Suite(name="distribution", metrics=distribution.METRICS, gather=distribution.gather),
+    Suite(name="de", metrics=de.METRICS, gather=de.gather, halved=True),
+    Suite(name="generation", metrics=generation.METRICS, gather=generation.gather, halved=True),
+    Suite(name="distribution", metrics=distribution.METRICS, gather=distribution.gather, halved=True),
     Suite(name="interaction", metrics=interaction.METRICS, gather=interaction.gather),
     Suite(name="systema", metrics=systema.METRICS, gather=systema.gather),
     Suite(name="scdfm-2025", metrics=scdfm_2025.METRICS, gather=scdfm_2025.gather),

@@ -79,7 +79,7 @@ METRICS = (
         *("centroid_accuracy", centroid_accuracy, "higher", 1.0, "none"),
         how="Euclidean, all perturbed conditions of the context",
     ),
-    Metric("rmse", rmse, "lower", 0.0, "root"),
+    Metric("rmse", rmse, "lower", 0.0, "root", how="means of log1p, all genes"),
     Metric(
         *("jaccard_top20", jaccard_top20, "higher", 1.0, "reliability"),
         how="largest absolute change against control on each side, blind to sign",

@@ -42,6 +42,10 @@ def test_signatures_and_lists(tmp_path: Path, screen: Screen) -> None:
     assert list(target.places) == [2, 0]
     assert list(target.direction(CONTROL)) == [-2, 0.5]
     assert "1 of 3 genes" in target.notes[0]
+    (tmp_path / "bare.csv").write_text("g3,-2\ng1,0.5\nother,9\n")
+    assert read([tmp_path / "bare.csv"]) == read([tmp_path / "s.csv"])
+    (tmp_path / "bare.tsv").write_text("g3\t-2\n")
+    assert read([tmp_path / "bare.tsv"]) == {"g3": -2}
     (tmp_path / "up.txt").write_text("g1\ng2\n")
     (tmp_path / "down.txt").write_text("g3\n")
     assert read([tmp_path / "up.txt", tmp_path / "down.txt"]) == {"g1": 1, "g2": 1, "g3": -1}
@@ -60,6 +64,18 @@ def test_cells_are_brought_to_the_scale_of_the_screen(tmp_path: Path, screen: Sc
         Target.align(cells(logged), screen, 10_000.0)
     near = Target.align(cells(logged), screen, 1000.0).direction(CONTROL)
     np.testing.assert_allclose(near, logged[:, [0, 1]].mean(0) - 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("contexts", [["B", "T", "T", "B"], ["B", "T", "T", None]])
+def test_target_cells_are_one_population_whatever_their_contexts(
+    contexts: list[str | None], tmp_path: Path, screen: Screen
+) -> None:
+    logged = np.log1p(np.random.default_rng(0).random((4, 24)) + 0.5)
+    target = cells(logged)
+    target.obs["cell_type"] = contexts
+    target.write_h5ad(tmp_path / "t.h5ad")
+    found = Target.align(read([tmp_path / "t.h5ad"]), screen, None)
+    np.testing.assert_allclose(found.values, logged[:, [0, 1]].mean(0), rtol=1e-5)
 
 
 def test_bad_targets(tmp_path: Path, screen: Screen) -> None:

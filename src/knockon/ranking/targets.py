@@ -144,15 +144,17 @@ def _list(file: Path) -> list[str]:
 
 
 def _table(file: Path) -> dict[str, float]:
-    """Read weights of genes; the first line is a heading."""
+    """Read weights of genes; the first line is a heading unless it has a weight."""
     mark = "\t" if file.suffix == ".tsv" else ","
     lines = [line.split(mark) for line in _text(file).splitlines() if line.strip()]
-    genes = [line[0].strip() for line in lines[1:]]
+    lines = lines[0 if lines and _has_weight(lines[0]) else 1 :]
+    genes = [line[0].strip() for line in lines]
     try:
-        weights = [float(line[1]) for line in lines[1:]]
+        weights = [float(line[1]) for line in lines]
     except (IndexError, ValueError) as error:
         raise UserError(
-            f"{file} has a line without a weight ({error})", expected="gene and weight, below a heading"
+            f"{file} has a line without a weight ({error})",
+            expected="a gene and its weight in each line but a heading",
         ) from error
     twice = sorted({gene for gene in genes if genes.count(gene) > 1})
     if twice or not genes or not np.isfinite(weights).all():
@@ -160,6 +162,14 @@ def _table(file: Path) -> dict[str, float]:
             f"{file} is no signature", offenders=twice, expected="each gene once, with a finite weight"
         )
     return dict(zip(genes, weights, strict=True))
+
+
+def _has_weight(line: Sequence[str]) -> bool:
+    try:
+        float(line[1])
+    except (IndexError, ValueError):
+        return False
+    return True
 
 
 def _cells(file: Path, where: Mapping[str, str]) -> AnnData:
@@ -191,7 +201,7 @@ def _cells(file: Path, where: Mapping[str, str]) -> AnnData:
 
 def _mean(cells: AnnData, total: float | None) -> dict[str, float]:
     """Mean over target cells, in log1p of counts per ``total``."""
-    found = Screen.from_anndata(cells, columns=Columns(unlabelled=True))
+    found = Screen.from_anndata(cells, columns=Columns(unlabelled=True, covariate_keys=()))
     if found.units == "counts":
         if total is None:
             raise UserError(

@@ -100,6 +100,11 @@ def test_files_that_do_not_fit(run: Run, screen: Screen) -> None:
             ),
             screen,
         )
+    negative = predicted.copy()
+    negative.X.data[0] = -1
+    with pytest.raises(UserError, match="Negative predicted values") as refused:
+        OfFile(negative, screen)
+    assert "--pred-" not in str(refused.value)  # rank has no such options
     file = OfFile(predicted, screen)
     with pytest.raises(UserError, match="Fewer predicted cells"):
         dict(file.draw(list(run.split.test), Draws(draws=5)))

@@ -21,7 +21,7 @@ from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
 from knockon.data.store import read_obs
 from knockon.evaluate.populations import mean
-from knockon.evaluate.prediction import read
+from knockon.evaluate.prediction import Prediction, read
 from knockon.predict import all_pairs, draw, groups, unknown
 from knockon.run import Run
 from knockon.types import CP10K, Label, UserError
@@ -161,7 +161,7 @@ class OfFile(Changes):
     """
 
     def __init__(self, prediction: AnnData | str | Path, screen: Screen) -> None:
-        found = read(prediction, screen)
+        found = _read(prediction, screen)
         if found.about.get("screen") != screen.digest:
             raise UserError(
                 "The prediction was not made from this screen",
@@ -225,6 +225,17 @@ class OfFile(Changes):
 
     def _change(self, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "genes"]:
         return mean(self.predicted.matrix[rows]) - mean(self.predicted.matrix[self.origin[rows]])
+
+
+def _read(prediction: AnnData | str | Path, screen: Screen) -> Prediction:
+    try:
+        return read(prediction, screen)
+    except UserError as error:
+        what, _, mend = str(error).removesuffix(".").partition(". To mend it: ")
+        if "--pred-" not in mend:
+            raise
+        # evaluation takes cells from anywhere and has options to read them; here they are knockon's own
+        raise UserError(what, mend="take the file as knockon predict wrote it") from error
 
 
 def _origin(obs: pd.DataFrame) -> Int[np.ndarray, "cells"]:

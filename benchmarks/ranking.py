@@ -20,8 +20,8 @@ import pandas as pd
 import knockon as ko
 from knockon import models
 from knockon.data.simulate import interaction, simulate, truth
-from knockon.ranking.changes import Changes, Draws, OfFile, OfRun
 from knockon.ranking.rank import excess, length, square
+from knockon.ranking.source import Draws, OfFile, OfRun, Source
 
 FIRST = 10
 
@@ -51,7 +51,7 @@ def replicate(world: ad.AnnData, screen: ko.Screen, pairs: list[str]) -> OfFile:
     return OfFile(cells, screen)
 
 
-def line(name: str, source: Changes, pairs: list[str], scores: pd.DataFrame) -> dict[str, object]:
+def line(name: str, source: Source, pairs: list[str], scores: pd.DataFrame) -> dict[str, object]:
     found: dict[str, object] = {"model": name}
     for by in ("effect", "synergy", "buffering"):
         table = ko.rank(source, pairs, by=by, draws=Draws()).set_index("condition")

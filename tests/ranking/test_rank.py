@@ -7,14 +7,14 @@ import pytest
 import scipy.sparse as sp
 
 from knockon.data.screen import Screen
-from knockon.ranking.changes import Changes, Draws
 from knockon.ranking.rank import cosine, covered, excess, interval, length, rank, scale, square
+from knockon.ranking.source import Draws, Source
 from knockon.types import Label, UserError
 
 GENES = 60
 
 
-class World(Changes):
+class World(Source):
     """Singles with random effects; pairs add up but for what is planted; draws are as noisy as cells."""
 
     def __init__(self, planted: dict[str, float], *, noise: float = 0.3, refused: Sequence[str] = ()) -> None:

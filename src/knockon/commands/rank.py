@@ -14,8 +14,8 @@ from knockon.data.conventions import Columns
 from knockon.files import write_text
 from knockon.progress import bar
 from knockon.ranking import targets
-from knockon.ranking.changes import Changes, Draws, OfFile, OfRun
 from knockon.ranking.rank import By, rank
+from knockon.ranking.source import Draws, OfFile, OfRun, Source
 from knockon.run import Run
 from knockon.types import UserError
 
@@ -68,7 +68,7 @@ class Rank(Command):
         show(render(table.head(self.top), self.by))
         say(f"{self.out}: {int(table['rank'].notna().sum())} of {len(table)} candidates ranked by {self.by}")
 
-    def _source(self) -> Changes:
+    def _source(self) -> Source:
         if self.source.suffix != ".h5ad":
             if self.columns != Columns():
                 raise UserError("Columns of a run's screen", expected="none: they are as in training")

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from scipy import stats
 
 from knockon.data.splits import singles
-from knockon.ranking.changes import Changes, Draws, OfRun
 from knockon.ranking.novelty import Experience
-from knockon.ranking.targets import Asked, Target
+from knockon.ranking.source import Draws, OfRun, Source
+from knockon.ranking.targets import State, Target
 from knockon.run import Run
 from knockon.types import Label, UserError
 
@@ -125,7 +125,7 @@ def interval(estimate: Callable[..., float], *drawn: Drawn) -> tuple[float, floa
 class _Question:
     """What is asked of every candidate."""
 
-    source: Changes
+    source: Source
     by: By
     target: Target | None
     known: Experience
@@ -182,11 +182,11 @@ class _Question:
 
 
 def rank(
-    source: Run | Changes,
+    source: Run | Source,
     candidates: Sequence[str | Label] | None = None,
     *,
     by: By = "effect",
-    target: Asked | None = None,
+    target: State | None = None,
     draws: Draws = Draws(),
     advance: Callable[[], None] = lambda: None,
 ) -> pd.DataFrame:
@@ -207,7 +207,7 @@ def rank(
     Parameters
     ----------
     source
-        A run, or cells that were predicted (``knockon.ranking.changes.OfFile``).
+        A run, or cells that were predicted (``knockon.ranking.source.OfFile``).
     candidates
         Such as ``"A+B"``; all pairs without it (see ``knockon.predict.all_pairs``).
     target
@@ -233,7 +233,7 @@ def rank(
     UserError
         If no candidate can be predicted, or the question does not fit the candidates.
     """
-    source = source if isinstance(source, Changes) else OfRun(source)
+    source = source if isinstance(source, Source) else OfRun(source)
     aligned = _aligned(source, by, target)
     known = Experience.of(source.measured, has_vectors=source.has_vectors)
     question = _Question(source=source, by=by, target=aligned, known=known)
@@ -270,7 +270,7 @@ def rank(
     return table.sort_values("rank", kind="stable", ignore_index=True)
 
 
-def _aligned(source: Changes, by: By, target: Asked | None) -> Target | None:
+def _aligned(source: Source, by: By, target: State | None) -> Target | None:
     if (by == "similarity") != (target is not None):
         raise UserError(
             "Similarity without a target" if target is None else f"A target, and a ranking by {by}",

@@ -16,7 +16,7 @@ from knockon.data.screen import Screen
 from knockon.data.store import load
 from knockon.types import UserError
 
-Asked = Mapping[str, float] | AnnData
+State = Mapping[str, float] | AnnData
 """Weights of genes (a signature), or cells in counts or log1p."""
 LISTS = ".txt", ".grp", ".lst"
 """Endings of lists of genes."""
@@ -44,12 +44,12 @@ class Target:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def align(cls, asked: Asked, screen: Screen, total: float | None) -> "Target":
+    def align(cls, state: State, screen: Screen, total: float | None) -> "Target":
         """Find a target among the genes of a screen in log1p.
 
         Parameters
         ----------
-        asked
+        state
             The target.
         screen
             Gives the order of genes.
@@ -61,8 +61,8 @@ class Target:
         UserError
             If no gene is shared, or cells cannot be brought to the scale of the screen.
         """
-        of_cells = isinstance(asked, AnnData)
-        names = tuple(asked.var_names.astype(str)) if isinstance(asked, AnnData) else tuple(asked)
+        of_cells = isinstance(state, AnnData)
+        names = tuple(state.var_names.astype(str)) if isinstance(state, AnnData) else tuple(state)
         place = {gene: i for i, gene in enumerate(screen.genes)}
         shared = [name for name in names if name in place]
         if not shared:
@@ -72,7 +72,7 @@ class Target:
                 expected=f"names such as {', '.join(screen.genes[:3])}",
                 mend="write genes as the screen does",
             )
-        mean = _mean(asked, total) if isinstance(asked, AnnData) else asked
+        mean = _mean(state, total) if isinstance(state, AnnData) else state
         values = np.array([mean[name] for name in shared], dtype=np.float64)
         if not of_cells and not values.any():
             raise UserError("All genes that the target shares have weight 0", expected="some other weight")
@@ -90,7 +90,7 @@ class Target:
         return self.values - control[self.places] if self.of_cells else self.values
 
 
-def read(files: Sequence[Path], where: Mapping[str, str] = {}) -> Asked:
+def read(files: Sequence[Path], where: Mapping[str, str] = {}) -> State:
     """Read a target from what the command line names.
 
     Parameters

@@ -10,7 +10,7 @@ import pytest
 from knockon import models
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
-from knockon.ranking.changes import Draws, OfFile, OfRun
+from knockon.ranking.source import Draws, OfFile, OfRun
 from knockon.run import Run
 from knockon.train import train
 from knockon.types import Label, UserError

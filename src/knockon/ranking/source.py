@@ -52,7 +52,7 @@ class Draws:
             raise UserError(f"{self.cells} cells in each draw", expected="at least 1", mend="set --cells")
 
 
-class Changes(ABC):
+class Source(ABC):
     """What a model says of conditions, as changes of the mean of log1p against the real control cells.
 
     Parameters
@@ -111,7 +111,7 @@ class Changes(ABC):
         """
 
 
-class OfRun(Changes):
+class OfRun(Source):
     """Drawn from a run, with one seed after the other."""
 
     def __init__(self, run: Run) -> None:
@@ -154,7 +154,7 @@ class OfRun(Changes):
         return mean(values.log1p(sp.csr_matrix(cells), self.panel_total))
 
 
-class OfFile(Changes):
+class OfFile(Source):
     """Read from cells that ``knockon predict`` wrote; disjoint parts of a condition's cells are its draws.
 
     What the run was trained on is not in the file: whatever the screen has counts as measured.

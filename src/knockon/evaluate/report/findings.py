@@ -104,8 +104,8 @@ class Findings:
 
     @cached_property
     def ranks(self) -> dict[str, float]:
-        """Mean rank of each model over the metrics whose direction is known."""
-        table = self.summary.loc[(self.summary["model"] != CEILING) & self.summary["metric"].map(sign).ne(0)]
+        """Mean rank of each model over the metrics that it is judged by."""
+        table = self.summary.loc[(self.summary["model"] != CEILING) & self._is_judged(self.summary)]
         better = table["mean"] * table["metric"].map(sign)
         ranks = (
             pd.Series(better.groupby(table["metric"]).rank(ascending=False)).groupby(table["model"]).mean()
@@ -114,32 +114,70 @@ class Findings:
 
     @cached_property
     def calibrated(self) -> dict[str, float]:
-        """Median over metrics of the calibrated score of each model, where any metric has room."""
-        known = self.summary.dropna(subset="calibrated")
+        """Median over those metrics of the calibrated score of each model, where any has room."""
+        known = self.summary.loc[self._is_judged(self.summary)].dropna(subset="calibrated")
         medians = known.groupby("model")["calibrated"].median()
         return {str(name): float(value) for name, value in medians.items()}
 
     @cached_property
+    def basis(self) -> tuple[str, list[str]]:
+        """Name the suite that models are judged by, and its metrics: one suite, so that nothing counts twice.
+
+        It is the first that was asked for; where the folder names none, no suite and all metrics. Those that
+        repeat what others print, which have a prefix, judge only where there is nothing else.
+        """
+        ours = [name for name in self.metrics if sign(name)]
+        plain = [name for name in ours if ":" not in name] or ours
+        for asked in self.about.get("suites") or []:
+            members = {metric.name for suite in SUITES if suite.name == asked for metric in suite.metrics}
+            if found := [name for name in plain if name in members]:
+                return str(asked), found
+        return "", plain
+
+    @property
+    def judges(self) -> str:
+        """The basis in words."""
+        return _many(len(self.basis[1]), "metric") + self._of_suite
+
+    @property
+    def _of_suite(self) -> str:
+        return f" of {self.basis[0]}" if self.basis[0] else ""
+
+    def _is_judged(self, table: pd.DataFrame) -> pd.Series:
+        return table["metric"].isin(self.basis[1])
+
+    @cached_property
     def baselines(self) -> dict[str, str]:
-        """Name the best simple baseline of each metric."""
+        """Name the best simple baseline of each metric: that of the paired test, where there is one."""
         simple = self.summary.loc[self.summary["model"].isin(BASELINES)].dropna(subset="mean")
+        tested = self.paired.set_index("metric")["baseline"].to_dict()
         found = {}
         for name in filter(sign, self.metrics):
             means = simple.loc[simple["metric"] == name].set_index("model")["mean"].to_dict()
-            if means:
+            if name in tested:
+                found[name] = str(tested[name])
+            elif means:
                 found[name] = str((max if sign(name) > 0 else min)(means, key=means.__getitem__))
         return found
 
     def wins(self, model: str) -> tuple[int, int]:
-        """Count the metrics in which a model is ahead of the best simple baseline, and all that have one."""
+        """Count the metrics in which a model is ahead of the best simple baseline, and all that have one.
+
+        Over the conditions that both have, where the paired test says so, and else by their means.
+        """
         means = self.summary.set_index(["model", "metric"])["mean"].to_dict()
-        told = [(name, best) for name, best in self.baselines.items() if (model, name) in means]
-        ahead = [sign(n) * means[model, n] > sign(n) * means[best, n] for n, best in told]
-        return sum(ahead), len(told)
+        tests = self.paired.loc[self.paired["model"] == model].set_index("metric")["difference"].to_dict()
+        gains = [
+            tests.get(name, sign(name) * (means[model, name] - means.get((best, name), math.nan)))
+            for name, best in self.baselines.items()
+            if name in self.basis[1] and (model, name) in means
+        ]
+        return sum(gain > 0 for gain in gains), len(gains)
 
     def proven(self, model: str) -> tuple[int, int]:
         """Count the metrics in which the paired test puts a model ahead of that baseline, and behind it."""
-        sure = self.paired[(self.paired["model"] == model) & (self.paired["p"] < LEVEL)]
+        own = self.paired[(self.paired["model"] == model) & self._is_judged(self.paired)]
+        sure = own[own["p"] < LEVEL]
         return int((sure["difference"] > 0).sum()), int((sure["difference"] < 0).sum())
 
     @property
@@ -195,7 +233,7 @@ class Findings:
         won, of = self.wins(best)
         if not of:
             return f"{best} ranks first. There is no simple baseline to compare it with."
-        text = f"{leads} beats the best simple baseline in {won} of {_many(of, 'metric')}"
+        text = f"{leads} beats the best simple baseline in {won} of {_many(of, 'metric')}{self._of_suite}"
         ahead, behind = self.proven(best)
         text += f" ({ahead} of them beyond chance)" if ahead else ""
         text += f", is behind beyond chance in {behind}," if behind else ""

@@ -43,6 +43,21 @@ def test_the_real_effect_leads_from_0_to_1(album):
         np.testing.assert_allclose(np.nanmean(side.spots, axis=1), side.center, atol=1e-5)
 
 
+def test_means_are_of_all_cells_however_few_are_looked_at(truth, tmp_path, monkeypatch):
+    monkeypatch.setattr(portrait, "LOOKED_AT", 7)
+    monkeypatch.setattr(portrait, "SPOTS", 5)
+    album = Album.begin(tmp_path, truth)
+    controls = portrait.sp.csr_matrix(truth.screen.matrix[truth.screen.control_rows(truth.labels[0])])
+    album.add("mine", Pairs(truth=truth, cells=(controls,) * 3))
+    scene, mine = drawn(album)
+    assert scene.control.cells[0] > 7
+    for side, along in ((scene.control, 0), (scene.real, 1), (mine.cells, 0)):
+        np.testing.assert_allclose(side.center[:, 2], along, atol=1e-5)
+    np.testing.assert_allclose(mine.cells.center, scene.control.center, atol=1e-5)
+    whole = [truth.space.project(cells)[:, :2].mean(axis=0) for cells in truth.cells]
+    np.testing.assert_allclose(scene.real.center[:, :2], whole, atol=1e-5)
+
+
 def test_half_of_the_effect_lies_half_way(album, truth):
     controls = album._controls[()][:30]
     mixed = tuple(portrait.sp.vstack([cells[:15], controls[:15]]).tocsr() for cells in truth.cells)

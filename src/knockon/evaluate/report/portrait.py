@@ -6,7 +6,7 @@ whatever the screen: a report is a function of its folder alone.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,8 @@ TOP = 10
 LEVELS = np.linspace(0, 1, 21)
 """Quantiles of the cells that express a gene."""
 SPOTS, LOOKED_AT = 60, 1000
-"""Cells of each condition and side on a map, and most cells that distributions are of."""
+"""Cells of each condition and side on a map, and most cells that distributions are of; controls are read in
+blocks of as many."""
 MANY = 120
 """Conditions above which less is kept of each, so that the whole does not grow."""
 
@@ -54,7 +55,7 @@ class Side:
         A sample of cells on four axes: the first two principal components of training cells; along the
         real effect (0 is the mean of control, 1 that of the real cells); and the main other direction.
     center
-        The mean of the cells on these axes.
+        The mean of all cells on these axes.
     """
 
     cells: Int[np.ndarray, "conditions"]
@@ -179,6 +180,7 @@ class Album:
         change = truth.moments.mean - truth.control
         controls = [self._controls[label.covariates] for label in truth.labels]
         count = [len(truth.screen.control_rows(label)) for label in truth.labels]
+        middle = [self._on_axes(origin[None], i)[0] for i, (origin, _) in enumerate(self._frames)]
         marked = hashlib.sha256("\n".join((truth.screen.digest, *labels)).encode() + change.tobytes())
         return Scene(
             mark=marked.hexdigest(),
@@ -190,7 +192,9 @@ class Album:
             expected=_take(self._expected, shown),
             effect=effect_size(truth),
             real=self._side(truth.cells, np.arange(len(labels))),
-            control=self._side(controls, np.arange(len(labels)), count),
+            control=replace(  # of all controls, of which the rest is a sample
+                self._side(controls, np.arange(len(labels))), cells=np.array(count), center=np.stack(middle)
+            ),
         )
 
     @cached_property
@@ -231,18 +235,22 @@ class Album:
     def _frames(self) -> list[tuple[Float[np.ndarray, "dims"], Float[np.ndarray, "dims 2"]]]:
         """Of each condition the mean of control, and the directions along and across the real effect."""
         place = self.truth.space.project
-        controls = {context: place(cells) for context, cells in self._controls.items()}
+        some = {context: place(cells) for context, cells in self._controls.items()}
+        mean = {label.covariates: self._control_mean(label) for label in self.truth.labels}
         return [
-            _frame(controls[label.covariates], place(cells))
+            _frame(some[label.covariates], mean[label.covariates], place(cells).mean(axis=0))
             for label, cells in zip(self.truth.labels, self.truth.cells, strict=True)
         ]
 
-    def _side(
-        self,
-        populations: Sequence[sp.csr_matrix],
-        rows: Int[np.ndarray, "conditions"],
-        count: Sequence[int] | None = None,
-    ) -> Side:
+    def _control_mean(self, label: Label) -> Float[np.ndarray, "dims"]:
+        """Mean coordinates of all control cells of a context."""
+        rows, matrix = self.truth.screen.control_rows(label), self.truth.screen.matrix
+        blocks = np.split(rows, range(LOOKED_AT, len(rows), LOOKED_AT))
+        placed = (self.truth.space.project(sp.csr_matrix(matrix[block])) for block in blocks)
+        return np.sum([some.sum(axis=0, dtype=np.float64) for some in placed], axis=0) / len(rows)
+
+    def _side(self, populations: Sequence[sp.csr_matrix], rows: Int[np.ndarray, "conditions"]) -> Side:
+        place = self.truth.space.project
         top = min(TOP, self._shown.shape[1])
         zeros = np.full((len(rows), top), np.nan)
         quantiles = np.full((len(rows), top, len(LEVELS)), np.nan)
@@ -255,20 +263,21 @@ class Album:
                 zeros[i, j] = (values == 0).mean()
                 if values.any():
                     quantiles[i, j] = np.quantile(values[values != 0], LEVELS)
-            few = self._placed(sample(label, cells, spots.shape[1]), row)
+            few = self._on_axes(place(sample(label, cells, spots.shape[1])), row)
             spots[i, : len(few)] = few
-            center[i] = self._placed(looked, row).mean(axis=0)
+            center[i] = self._on_axes(place(cells).mean(axis=0, keepdims=True), row)[0]
         return Side(
-            cells=np.array([num_cells(cells) for cells in populations] if count is None else count),
+            cells=np.array([num_cells(cells) for cells in populations]),
             zeros=zeros,
             quantiles=quantiles,
             spots=spots,
             center=center,
         )
 
-    def _placed(self, cells: sp.csr_matrix, row: int | np.integer) -> Float[np.ndarray, "cells 4"]:
-        """Find the coordinates of cells on the axes of a condition."""
-        placed = self.truth.space.project(cells)
+    def _on_axes(
+        self, placed: Float[np.ndarray, "points dims"], row: int | np.integer
+    ) -> Float[np.ndarray, "points 4"]:
+        """Bring coordinates to the axes of a condition; linear, so that means become means."""
         origin, directions = self._frames[row]
         first = np.zeros((len(placed), 2))
         first[:, : placed.shape[1]] = placed[:, :2]
@@ -280,16 +289,17 @@ class Album:
 
 
 def _frame(
-    control: Float[np.ndarray, "controls dims"], real: Float[np.ndarray, "cells dims"]
+    controls: Float[np.ndarray, "controls dims"],
+    origin: Float[np.ndarray, "dims"],
+    target: Float[np.ndarray, "dims"],
 ) -> tuple[Float[np.ndarray, "dims"], Float[np.ndarray, "dims 2"]]:
-    """Find the mean of control and two directions: to the real mean, which lies at 1, and across.
+    """Find two directions from the mean of control: to the real mean, which lies at 1, and across.
 
-    The second is the main direction in which control cells vary besides.
+    The second is the main direction in which control cells, some of which are given, vary besides.
     """
-    origin = control.mean(axis=0)
-    effect = real.mean(axis=0) - origin
+    effect = target - origin
     size = max(float(np.linalg.norm(effect)), 1e-9)
-    rest = control - origin
+    rest = controls - controls.mean(axis=0)
     rest = rest - np.outer(rest @ effect, effect) / size**2
     across = np.linalg.svd(rest, full_matrices=False)[2][0]
     across = across * np.sign(across[np.abs(across).argmax()])

@@ -1,5 +1,6 @@
 """The report in a browser: opened as a file, without a network, and used with pointer and keys."""
 
+import json
 import shutil
 import time
 from types import SimpleNamespace
@@ -31,6 +32,8 @@ def opened(make, tmp_path_factory):
     split = make.split(screen, lambda label: len(label.perturbations) == 2)
     found = scores.judge(scores.Pairs.of(predicted, screen, split), split, seed=0, out=folder).scores
     tables.write(found, folder)
+    about = {"screen": {"file": f"/{90 * 'folder'}/screen.h5ad", "cells": 1}, "notes": {MODEL: [300 * "x"]}}
+    (folder / "about.json").write_text(json.dumps(about))
     run = folder / "runs" / MODEL
     run.mkdir(parents=True)
     (run / "run.json").write_text("{}")
@@ -97,6 +100,13 @@ def test_the_worst_cases_come_first_and_heads_sort(page, opened):
     assert names(page) == worst[::-1]
     page.locator("#cases thead button", has_text="condition").press("Enter")
     assert names(page) == sorted(worst)
+
+
+@pytest.mark.parametrize("window", ["page", "phone"])
+def test_long_paths_and_notes_wrap(request, window):
+    boxes = request.getfixturevalue(window).locator(".facts dd, .notes dd, .card, .facts")
+    assert boxes.count() > 3
+    assert boxes.evaluate_all("all => all.filter(e => e.offsetParent && e.scrollWidth > e.clientWidth)") == []
 
 
 def test_another_metric_turns_the_order_where_lower_is_better(page, opened):

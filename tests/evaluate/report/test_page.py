@@ -1,4 +1,5 @@
 import base64
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -140,6 +141,37 @@ def test_what_else_lies_in_the_folder_is_shown(comparison):
         assert shown in page
     assert "1 flag raised" in page  # which counts no baseline
     assert "--data &#39;a b.h5ad&#39;" in page
+
+
+@pytest.mark.parametrize(
+    ("notes", "shown"),
+    [
+        (["alone & <b>"], {"screen": ["alone & <b>"]}),
+        (
+            {"screen": ["one"], HOSTILE: ["two", "three"], "calm": []},
+            {"screen": ["one"], HOSTILE: ["two", "three"]},
+        ),
+        ({"mine": "a sentence"}, {"mine": ["a sentence"]}),
+        ([], {}),
+        (None, {}),
+    ],
+)
+def test_notes_are_shown_beside_the_flags_by_model(comparison, notes, shown):
+    (comparison / "about.json").write_text(json.dumps({"notes": notes}))
+    page = text_of(comparison)
+    flags = page[page.index('<section id="flags">') : page.index('<section id="metrics">')]
+    found = re.findall(r"<dt>(?:<span[^>]*></span>)?(.*?)</dt>((?:<dd>.*?</dd>)+)", flags)
+    read = {html.unescape(n): re.findall("<dd>(.*?)</dd>", html.unescape(text)) for n, text in found}
+    assert read == shown
+    assert "<b>" not in flags
+
+
+def test_a_path_as_long_as_a_digest_is_shown_whole(comparison):
+    path = "/" + 58 * "x" + ".h5ad"
+    (comparison / "about.json").write_text(json.dumps({"screen": {"file": path, "digest": 64 * "a"}}))
+    page = text_of(comparison)
+    assert f">{path}<" in page.replace("\n", "")
+    assert f">{12 * 'a'}…<" in page
 
 
 def test_nobody_looked_for_flags_is_not_no_flags(comparison):

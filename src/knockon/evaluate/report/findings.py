@@ -144,7 +144,7 @@ class Findings:
         return f" of {self.basis[0]}" if self.basis[0] else ""
 
     def _is_judged(self, table: pd.DataFrame) -> pd.Series:
-        return table["metric"].isin(self.basis[1])
+        return pd.Series(table["metric"]).isin(self.basis[1])
 
     @cached_property
     def baselines(self) -> dict[str, str]:
@@ -192,6 +192,14 @@ class Findings:
     def favorite(self) -> str:
         """Name the metric that stands for the others where one has to."""
         return next((name for name in FAVORITES if name in self.metrics), self.metrics[0])
+
+    @property
+    def notes(self) -> dict[str, list[str]]:
+        """What was noted when cells were read and aligned, by whose; a plain list is the screen's."""
+        noted = self.about.get("notes") or {}
+        by_name = noted if isinstance(noted, dict) else {"screen": noted}
+        listed = {name: [some] if isinstance(some, str) else some for name, some in by_name.items()}
+        return {name: list(map(str, some)) for name, some in listed.items() if some}
 
     def told(self, part: str) -> dict[str, Any]:
         """Give a part of ``about.json``; nothing where it has none."""

@@ -2,12 +2,18 @@ import base64
 import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import tyro
+from anndata import AnnData
 
+from knockon.cli import Compare
+from knockon.compare import Comparison
 from knockon.evaluate import tables
 from knockon.evaluate.report.findings import Findings
 from knockon.evaluate.report.page import number, picture, write
@@ -129,18 +135,15 @@ def test_what_else_lies_in_the_folder_is_shown(comparison):
         "about.json": json.dumps(
             {"screen": {"cells": 1234, "covariates": {}}, "split": {"kind": "unseen"}, "notes": ["noted"]}
         ),
-        "runs/additive/run.json": json.dumps(
-            {"source": "a b.h5ad", "columns": {"layer": "counts", "control": None}, "config": {"width": 64}}
-        ),
+        "runs/additive/run.json": json.dumps({"config": {"width": 64}}),
     }
     for name, text in files.items():
         (comparison / name).parent.mkdir(parents=True, exist_ok=True)
         (comparison / name).write_text(text)
     page = text_of(comparison)
-    for shown in ("All &amp; alike", "partly unseen", "1,234", "unseen", "noted", "--layer counts", "width"):
+    for shown in ("All &amp; alike", "partly unseen", "1,234", "unseen", "noted", "width"):
         assert shown in page
     assert "1 flag raised" in page  # which counts no baseline
-    assert "--data &#39;a b.h5ad&#39;" in page
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,73 @@ def test_a_path_as_long_as_a_digest_is_shown_whole(comparison):
     page = text_of(comparison)
     assert f">{path}<" in page.replace("\n", "")
     assert f">{12 * 'a'}…<" in page
+
+
+@pytest.fixture
+def compared(comparison):
+    """With two runs and their predictions."""
+    for name, steps in (("additive", 0), ("scdfm-small", 7)):
+        record = {
+            "source": "a b.h5ad",
+            "columns": {"layer": "counts", "control": None, "unlabelled": False},
+            "preparation": {"total": 5000.0, "genes": None},
+            "train": {"steps": steps, "seed": 3},
+        }
+        run(comparison, name, record)
+        prediction(comparison, name)
+    run(comparison, "scdfm-small/earlier", {"train": {"steps": 99, "seed": 3}})
+    (comparison / "about.json").write_text(json.dumps({"suites": ["core", "generation"]}))
+    return comparison
+
+
+def run(folder, name, record):
+    (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
+    (folder / "runs" / name / "run.json").write_text(json.dumps(record))
+
+
+def prediction(folder, name, **marks):
+    adata = AnnData(np.zeros((1, 1), np.float32), uns={"knockon": {"cells": 16, "fallback": "", **marks}})
+    (folder / "predictions").mkdir(exist_ok=True)
+    adata.write_h5ad(folder / "predictions" / f"{name}.h5ad")
+
+
+def command(folder):
+    text = text_of(folder)
+    return re.findall("<pre[^>]*>(knockon.*?)</pre>", html.unescape(without_library(text)))
+
+
+def test_the_command_makes_the_same_again(compared):
+    (text,) = command(compared)
+    words = shlex.split(text)
+    again = tyro.cli(Compare, args=words[2:])
+    assert again.comparison == Comparison(
+        models=("additive", "scdfm:small"), cells=16, steps=7, seed=3, suite=("core", "generation")
+    )
+    assert again.data == Path("a b.h5ad")
+    assert again.split == str(compared / "runs" / "additive" / "split.json")
+    assert again.options.total == 5000
+    assert again.columns.layer == "counts"
+
+
+def test_models_with_steps_of_their_own_keep_them(compared):
+    run(compared, "scdfm", {"train": {"steps": 8, "seed": 3}})
+    prediction(compared, "scdfm")
+    assert "--steps" not in command(compared)[0]
+
+
+@pytest.mark.parametrize("lost", ["prediction", "cells", "fallback", "vectors", "genes"])
+def test_a_command_that_would_not_do_the_same_is_not_shown(compared, lost):
+    if lost == "prediction":
+        (compared / "predictions" / "additive.h5ad").unlink()
+    elif lost in ("cells", "fallback"):
+        prediction(compared, "additive", **{lost: {"cells": 17, "fallback": "digest"}[lost]})
+    else:
+        run(
+            compared,
+            "additive",
+            {"vectors": "digest"} if lost == "vectors" else {"preparation": {"genes": ["G"]}},
+        )
+    assert command(compared) == []
 
 
 def test_nobody_looked_for_flags_is_not_no_flags(comparison):

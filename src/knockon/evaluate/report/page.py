@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from importlib import import_module, resources
 from numbers import Integral, Real
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from knockon.data import store
 from knockon.evaluate.report import panel, portrait
 from knockon.evaluate.report.findings import Findings, RunCard, of_ours, sign
 from knockon.evaluate.report.payload import payload
@@ -163,20 +165,40 @@ def _card(run: RunCard) -> dict[str, Any]:
 
 
 def _command(found: Findings) -> str:
-    """Write the command that makes a comparison again, as far as its runs tell; none for an evaluation."""
-    if not found.runs:
+    """Write the command that makes a comparison again; none where the folder does not tell all of it."""
+    runs = [run for run in found.runs if "/" not in run.name]
+    made = [_prediction(found.folder, run.name) for run in runs]
+    cells = {note.get("cells") for note in made}
+    if not runs or len(cells) > 1 or None in cells or any(note.get("fallback") for note in made):
         return ""
-    record = found.runs[0].record
-    options = [
-        text
-        for key, value in record.get("columns", {}).items()
-        if value
-        for text in (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)]))
-    ]
-    split = found.folder / "runs" / found.runs[0].name / "split.json"
-    words = ["knockon", "compare", "--data", record.get("source") or "SCREEN.h5ad", *options]
-    words += ["--split", str(split), "--models", *(run.name for run in found.runs if "/" not in run.name)]
+    record = runs[0].record
+    prepared = record.get("preparation") or {}
+    if record.get("vectors") or prepared.get("genes"):
+        return ""  # a table of vectors and a panel of genes are known by what came of them only
+    training = [run.record.get("train") or {} for run in runs]
+    steps = {train["steps"] for train in training if train.get("steps")}
+    asked = {
+        **record.get("columns", {}),
+        "total": prepared.get("total"),
+        "split": str(found.folder / "runs" / runs[0].name / "split.json"),
+        "models": [run.name.replace("-", ":") for run in runs],
+        "suite": found.about.get("suites"),
+        "cells": int(cells.pop()),
+        "steps": steps.pop() if len(steps) == 1 else None,  # where they differ, each had its own
+        "seed": training[0].get("seed"),
+    }
+    words = ["knockon", "compare", "--data", record.get("source") or "SCREEN.h5ad"]
+    for key, value in asked.items():
+        if value not in (None, False, []):
+            values = map(str, value) if isinstance(value, list) else [str(value)]
+            words += [f"--{key.replace('_', '-')}", *values]
     return shlex.join([*words, "--out", "AGAIN"])
+
+
+def _prediction(folder: Path, name: str) -> Mapping[str, Any]:
+    """Read what the prediction of a run says of itself; nothing where it was not kept."""
+    path = folder / "predictions" / f"{name}.h5ad"
+    return store.read_about(path) if path.exists() else {}
 
 
 def _text(name: str) -> str:

@@ -156,6 +156,22 @@ def test_no_prediction_hides_behind_a_nan():
     assert (found[nothing] == 0).all(axis=None)
 
 
+def test_what_the_real_cells_cannot_tell_is_left_out():
+    """Numbers of really significant genes, and what each metric must not blame on the prediction."""
+    found = pd.DataFrame(np.nan, index=range(3), columns=[*cell_eval.ERRORS, *cell_eval.ALONE])
+    found["de_spearman_sig"] = np.nan
+    told = {}
+    for numbers in ((0, 5, 0), (0, 5, 5), (0, 5, 6), (0, 0, 0)):
+        told[numbers] = cell_eval._told(found.assign(de_nsig_counts_real=numbers))
+        for name in ("de_sig_genes_recall", "de_direction_match", "pr_auc", "roc_auc"):
+            expected = [0.0 if number else np.nan for number in numbers]
+            np.testing.assert_array_equal(told[numbers][name], expected, err_msg=name)
+    values = {numbers: float(values["de_spearman_sig"]) for numbers, values in told.items()}
+    # the package correlates over conditions with a significant gene: one, or equal ones, have no order
+    assert values.pop((0, 5, 6)) == 0
+    assert np.isnan(list(values.values())).all()
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cell_eval", None)
     with pytest.raises(UserError, match=r"needs the package cell-eval.*knockon\[eval\]"):

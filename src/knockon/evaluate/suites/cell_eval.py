@@ -35,11 +35,17 @@ if TYPE_CHECKING:
 ERRORS: Mapping[str, Noise] = {"mse": "square", "mae": "root", "mse_delta": "square", "mae_delta": "root"}
 """Lower is better, 0 is best."""
 CHANCE = tuple(f"discrimination_score_{distance}" for distance in ("l1", "l2", "cosine"))
-ENOUGH: Mapping[str, int] = {"de_spearman_lfc_sig": 2, "de_direction_match": 1, "pr_auc": 1, "roc_auc": 1}
+ENOUGH: Mapping[str, int] = {
+    "de_sig_genes_recall": 1,
+    "de_spearman_lfc_sig": 2,
+    "de_direction_match": 1,
+    "pr_auc": 1,
+    "roc_auc": 1,
+}
 """How many really significant genes a value needs."""
 SETS = tuple(f"{kind}_at_{k}" for kind in ("overlap", "precision") for k in ("N", 50, 100, 200, 500))
 SIGN_BLIND = (*SETS, "de_sig_genes_recall", "pr_auc", "roc_auc")
-ALONE = ("pearson_delta", *CHANCE, *SETS, "de_sig_genes_recall", *ENOUGH)
+ALONE = ("pearson_delta", *CHANCE, *SETS, *ENOUGH)
 """One value for each condition, 1 is best."""
 TOGETHER = ("de_spearman_sig", "pearson_edistance", "clustering_agreement")
 """One value for all conditions of a context, 1 is best."""
@@ -97,8 +103,10 @@ def _told(found: pd.DataFrame) -> dict[str, Column]:
         values[name] = np.where(np.isnan(values[name]) & told, 0.0, values[name])
     if len(found) < 2:  # the package would say 1: without a rival, anything is told apart
         values |= {name: np.full(len(found), np.nan) for name in CHANCE}
+    numbers = significant[significant > 0]  # the conditions that the package correlates over
+    varied = len(numbers) > 0 and np.ptp(numbers) > 0
     for name in TOGETHER:
-        known = name in found and (name != "de_spearman_sig" or np.ptp(significant) > 0)
+        known = name in found and (name != "de_spearman_sig" or varied)
         values[name] = np.array(np.nan_to_num(found[name].iloc[0]) if known else np.nan)
     return values
 

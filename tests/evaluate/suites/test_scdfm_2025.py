@@ -146,7 +146,30 @@ def test_areas_of_ties_and_of_perfect_and_reversed_orders():
     assert np.isnan(scdfm_2025.roc_auc(np.ones((1, 4)), np.ones((1, 4))))
 
 
+def test_only_correlations_are_carried_over_from_halves():
+    carried = {metric.name for metric in scdfm_2025.METRICS if metric.noise == "reliability"}
+    correlations = ("pearson_delta", "de_spearman_lfc_sig", "de_spearman_sig")
+    assert carried == {f"scdfm-2025:{name}" for name in correlations}
+
+
 def test_among_one_condition_none_is_told_apart():
     found = scored(lonely(), "scdfm-2025")
     assert len(found) == 1
     assert not [name for name in found if name.startswith("discrimination")]
+
+
+def test_contexts_are_scored_one_by_one(make):
+    texts = ["control", "A", "B", "C"]
+    screen = make.screen(make.cells(texts, contexts=["T", "B"]), ("cell_type",))
+    split = make.split(screen, lambda label: label.perturbation != "C")
+    cells = make.cells(texts[1:3], seed=1, contexts=["T", "B"])
+    both, *apart = (
+        suites.score(
+            Pairs.of(cells[cells.obs["cell_type"].isin(contexts)].copy(), screen, split), "scdfm-2025"
+        )
+        for contexts in (["T", "B"], ["T"], ["B"])
+    )
+    alone = pd.concat(apart).groupby(["metric", "condition"])["value"].mean()
+    found = both.set_index(["metric", "condition"])["value"].sort_index()
+    assert {"A | T", "B | B", suites.ALL} <= set(both["condition"])
+    pd.testing.assert_series_equal(found, alone)  # one number of all conditions is the mean over contexts

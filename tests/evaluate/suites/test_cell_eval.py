@@ -178,6 +178,12 @@ def test_a_missing_package_is_named(monkeypatch):
         suites.score(pairs("half"), "cell-eval")
 
 
+def test_only_correlations_are_carried_over_from_halves():
+    carried = {metric.name for metric in cell_eval.METRICS if metric.noise == "reliability"}
+    correlations = ("pearson_delta", "de_spearman_lfc_sig", "de_spearman_sig")
+    assert carried == {f"cell-eval:{name}" for name in correlations}
+
+
 def test_among_one_condition_none_is_told_apart():
     found = scored(lonely(), "cell-eval")
     assert len(found) == 1

@@ -12,7 +12,7 @@ A NaN of the package stays where the *real* cells cannot tell (no significant ge
 and counts as 0 where the prediction is to blame. Discrimination is left out where one condition stands
 alone. ``de_nsig_counts`` is no score and is left out. ``pearson_edistance`` needs all distances between
 cells and is left out where they are too many (``MOST``); ``clustering_agreement`` says little of fewer than
-some dozens of conditions.
+some dozens of conditions. Ceilings but those of errors and correlations are of halves, so a little low.
 """
 
 import warnings
@@ -49,6 +49,8 @@ ALONE = ("pearson_delta", *CHANCE, *SETS, *ENOUGH)
 """One value for each condition, 1 is best."""
 TOGETHER = ("de_spearman_sig", "pearson_edistance", "clustering_agreement")
 """One value for all conditions of a context, 1 is best."""
+CORRELATIONS = ("pearson_delta", "de_spearman_lfc_sig", "de_spearman_sig")
+"""Carried over from halves to whole conditions; for shares and areas no law does that (see ``de``)."""
 FEWEST = 3
 """Conditions that a value of all of them needs."""
 SLOW = ("pearson_edistance",)
@@ -126,8 +128,8 @@ def _metric(name: str) -> Metric:
     picked = column(name, f"{name} as the package cell-eval computes it.")
     if name in ERRORS:
         return Metric(f"cell-eval:{name}", picked, "lower", 0.0, ERRORS[name], how)
-    apart = name in (*CHANCE, "pearson_edistance", "clustering_agreement")
-    return Metric(f"cell-eval:{name}", picked, "higher", 1.0, "none" if apart else "reliability", how)
+    noise = "reliability" if name in CORRELATIONS else "none"
+    return Metric(f"cell-eval:{name}", picked, "higher", 1.0, noise, how)
 
 
 METRICS = tuple(_metric(name) for name in (*ERRORS, *ALONE, *TOGETHER))

@@ -15,7 +15,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from knockon import models
-from knockon.commands.common import Command, Data, Flat, Folder, read_screen, say, show
+from knockon.commands.common import Command, Data, Flat, Folder, Predicted, read_screen, say, show
 from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
 from knockon.commands.rank import Rank
@@ -24,12 +24,12 @@ from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
 from knockon.evaluate import flags, scores, suites, tables
 from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.prediction import Reading, read
+from knockon.evaluate.prediction import read
 from knockon.evaluate.report import page
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
-from knockon.types import Units, UserError
+from knockon.types import UserError
 
 log = logging.getLogger("knockon")
 
@@ -176,26 +176,13 @@ class Evaluate(Command):
     """Which metrics, by which conventions; several may be named."""
     seed: int = 0
     """Seed of the halves of the ceiling and of the baselines' cells."""
-    pred_perturbation_key: str | None = None
-    """Column of the prediction's obs with what was predicted; recognized without it."""
-    pred_layer: str | None = None
-    """Layer of the prediction with the values; X without it."""
-    pred_units: Units | None = None
-    """Scale of the predicted values; what the file declares, or what they look like, without it."""
-    pred_total: float | None = None
-    """Sum that predicted counts were normalized to before log1p, such as 10000."""
+    predicted: Annotated[Predicted, Flat] = Predicted()
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:
         """Score, print and write."""
         screen = read_screen(self.real, self.columns)
-        reading = Reading(
-            perturbation_key=self.pred_perturbation_key,
-            layer=self.pred_layer,
-            units=self.pred_units,
-            total=self.pred_total,
-        )
-        found = read(self.pred, screen, reading)
+        found = read(self.pred, screen, self.predicted.reading)
         split = splits.make(self.split, screen) if self.split else found.split(screen)
         pairs = Pairs.of(found, screen, split)
         verdict = scores.judge(pairs, split, self.suite, seed=self.seed, out=self.out)

@@ -129,6 +129,26 @@ def test_the_command_writes_and_refuses(tmp_path: Path, predicted, refused, caps
     main([*arguments, "--out", f"{tmp_path}/x.h5ad"])
     assert "540 cells of 12 targets and control x 500 genes" in capsys.readouterr().out
     assert anndata.read_h5ad(tmp_path / "x.h5ad").n_obs == 540
+    moved = predicted.copy()
+    moved.layers["made"], moved.X = moved.X, sp.csr_matrix(moved.shape)
+    moved.obs = moved.obs.rename(columns={"perturbation": "asked"}).assign(perturbation="control")
+    moved.write_h5ad(tmp_path / "moved.h5ad")
+    told = ["--pred-layer", "made", "--pred-perturbation-key", "asked", "--pred-units", "log1p"]
+    main(
+        [
+            "export",
+            f"{tmp_path}/moved.h5ad",
+            *arguments[2:],
+            *told,
+            "--pred-total",
+            "10000",
+            "--out",
+            f"{tmp_path}/z.h5ad",
+        ]
+    )
+    one, two = (anndata.read_h5ad(tmp_path / name) for name in ("x.h5ad", "z.h5ad"))
+    assert (one.X != two.X).nnz == 0
+    assert (one.obs == two.obs).all(axis=None)
     log1p(world().real).write_h5ad(tmp_path / "screen.h5ad")
     assert "screen is in log1p" in refused(*arguments, "--out", tmp_path / "y.h5ad")
     assert not (tmp_path / "y.h5ad").exists()

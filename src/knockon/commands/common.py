@@ -4,6 +4,7 @@ import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from tyro.conf import Positional, arg
 
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen, read
-from knockon.types import UserError
+from knockon.evaluate.prediction import Reading
+from knockon.types import Units, UserError
 
 log = logging.getLogger("knockon")
 Data = Positional[Annotated[Path, arg(metavar="DATA")]]
@@ -27,6 +29,30 @@ class Command(ABC):
     @abstractmethod
     def run(self) -> None:
         """Do the work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """How a prediction is to be read: a ``Reading``, apart from the options of the screen beside it."""
+
+    pred_perturbation_key: str | None = None
+    """Column of the prediction's obs with what was predicted; recognized without it."""
+    pred_layer: str | None = None
+    """Layer of the prediction with the values; X without it."""
+    pred_units: Units | None = None
+    """Scale of the predicted values; what the file declares, or what they look like, without it."""
+    pred_total: float | None = None
+    """Sum that predicted counts were normalized to before log1p, such as 10000."""
+
+    @property
+    def reading(self) -> Reading:
+        """The same in the words of ``knockon.evaluate.prediction``."""
+        return Reading(
+            perturbation_key=self.pred_perturbation_key,
+            layer=self.pred_layer,
+            units=self.pred_units,
+            total=self.pred_total,
+        )
 
 
 def read_screen(path: Path, columns: Columns) -> Screen:

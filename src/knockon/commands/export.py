@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from knockon.commands.common import Command, Flat, log, read_screen, say
+from knockon.commands.common import Command, Flat, Predicted, log, read_screen, say
 from knockon.data.conventions import Columns
 from knockon.evaluate import export
 from knockon.evaluate.prediction import read
@@ -27,12 +27,13 @@ class Export(Command):
     """For whom: the challenge of 2026, in raw counts."""
     seed: int = 0
     """Seed of the counts that are drawn for values in log1p."""
+    predicted: Annotated[Predicted, Flat] = Predicted()
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:
         """Convert, check and write."""
         screen = read_screen(self.real, self.columns)
-        found = read(self.pred, screen)
+        found = read(self.pred, screen, self.predicted.reading)
         for note in found.notes:
             log.info(note)
         made = export.vcc2026(found, screen, seed=self.seed)

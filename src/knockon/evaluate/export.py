@@ -75,7 +75,7 @@ def vcc2026(found: Prediction, screen: Screen, *, seed: int = 0) -> anndata.AnnD
         var=pd.DataFrame(index=pd.Index(screen.genes)),
         uns={"knockon": {"model": found.model, "units": "counts"}},
     )
-    _refuse(made, screen)
+    _refuse(made)
     made.X = sp.csr_matrix(made.X, dtype=np.int32)
     return made
 
@@ -155,14 +155,13 @@ def _obs(names: Sequence[str], blocks: Sequence[sp.csr_matrix], label: Label, sc
     return obs
 
 
-def _refuse(made: anndata.AnnData, screen: Screen) -> None:
-    """Let the package that scores check genes, values and limits."""
+def _refuse(made: anndata.AnnData) -> None:
+    """Let the package that scores check values and limits; genes are the panel's by construction."""
     settings = config(set(), key=TARGET, control=UNTARGETED)
-    from cell_eval2 import io, norm  # noqa: PLC0415 (an extra, there or ``config`` had refused)
+    from cell_eval2 import norm  # noqa: PLC0415 (an extra, there or ``config`` had refused)
 
     try:
         with quiet("cell_eval2"):
-            io.validate_gene_axis(made.var_names, screen.genes)
             norm.validate_input_type(made, settings.input_type)
             norm.check_scale_limit(made, settings.input_type, settings.max_counts_per_cell)
     except ValueError as error:

@@ -15,7 +15,7 @@ import anndata
 import pandas as pd
 from cell_eval import MetricsEvaluator
 
-TESTS = Path(__file__).parents[1] / "tests" / "evaluate"
+TESTS = Path(__file__).parents[1] / "tests" / "evaluate" / "suites"
 SKIPPED = ["pearson_edistance", "clustering_agreement", "de_nsig_counts"]
 SKIPPED += [f"{kind}_at_{k}" for kind in ("overlap", "precision") for k in ("N", 50, 100, 200, 500)][1:]
 

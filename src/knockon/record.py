@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,18 @@ class Record:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+EVALUATORS = ("scikit-learn", "cell-eval", "cell-eval2", "pdex", "illico")
+"""Packages that scores depend on, most of them of an extra."""
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what a result depends on, and of more packages where they are installed."""
     packages = ("knockon", "torch", "numpy", "scipy", "anndata", "scanpy", "lightning-fabric")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+    found = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+    for name in more:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write_spec(spec: Spec, folder: Path) -> None:

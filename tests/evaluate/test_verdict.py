@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import version
 
 import pandas as pd
 
@@ -7,6 +8,7 @@ from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.summary import PAIRED, SUMMARY
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
+from knockon.record import versions
 
 
 def test_a_folder_has_all_tables_and_says_what_they_are_of(screen, split, tmp_path):
@@ -38,3 +40,12 @@ def test_flags_are_written_where_somebody_looked(screen, split, tmp_path, predic
     table = pd.read_csv(tmp_path / "flags.csv")
     assert set(table["model"]) == {"prediction"}
     assert "scaled" in set(table["flag"])
+
+
+def test_versions_of_evaluators_are_recorded_where_they_are_installed(screen, split):
+    scores = pd.DataFrame(columns=["model", "condition", "metric", "value"])
+    verdict = Verdict(scores=scores, truth=Truth.of(screen, split), split=split, suite="core")
+    found = verdict.about()["versions"]
+    for name in ("scikit-learn", "cell-eval", "cell-eval2", "pdex", "illico", "torch"):
+        assert found[name] == version(name)
+    assert versions("no-such-package") == versions()

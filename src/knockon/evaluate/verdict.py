@@ -15,7 +15,7 @@ from knockon.evaluate.suites.systema import systematic_variation
 from knockon.evaluate.summary import summarize
 from knockon.evaluate.truth import Truth
 from knockon.files import write_json, write_text
-from knockon.record import versions
+from knockon.record import EVALUATORS, versions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,5 +88,5 @@ class Verdict:
                 "screen": list(self.truth.notes),
                 **{name: list(notes) for name, notes in self.notes.items() if notes},
             },
-            "versions": versions(),
+            "versions": versions(*EVALUATORS),
         }

@@ -168,8 +168,8 @@ def _command(found: Findings) -> str:
     """Write the command that makes a comparison again; none where the folder does not tell all of it."""
     runs = [run for run in found.runs if "/" not in run.name]
     made = [_prediction(found.folder, run.name) for run in runs]
-    cells = {note.get("cells") for note in made}
-    if not runs or len(cells) > 1 or None in cells or any(note.get("fallback") for note in made):
+    cells = {int(note.get("cells", 0)) for note in made}
+    if not runs or len(cells) > 1 or 0 in cells or any(note.get("fallback") for note in made):
         return ""
     record = runs[0].record
     prepared = record.get("preparation") or {}
@@ -183,7 +183,7 @@ def _command(found: Findings) -> str:
         "split": str(found.folder / "runs" / runs[0].name / "split.json"),
         "models": [run.name.replace("-", ":") for run in runs],
         "suite": found.about.get("suites"),
-        "cells": int(cells.pop()),
+        "cells": cells.pop(),
         "steps": steps.pop() if len(steps) == 1 else None,  # where they differ, each had its own
         "seed": training[0].get("seed"),
     }

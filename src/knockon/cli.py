@@ -181,6 +181,12 @@ class Evaluate(Command):
 
     def run(self) -> None:
         """Score, print and write."""
+        if self.out and (self.out / "runs").exists():
+            raise UserError(
+                "The folder holds a comparison, which the scores of one prediction would replace",
+                offenders=[self.out],
+                mend="choose another --out",
+            )
         screen = read_screen(self.real, self.columns)
         found = read(self.pred, screen, self.predicted.reading)
         split = splits.make(self.split, screen) if self.split else found.split(screen)

@@ -21,7 +21,7 @@ from knockon.evaluate.verdict import Verdict
 from knockon.files import digest, written_aside
 from knockon.model import Recipe
 from knockon.models.additive import Config as AdditiveConfig
-from knockon.predict import Refusal, unknown
+from knockon.predict import Refusal, refuse_few, unknown
 from knockon.progress import bar
 from knockon.record import RECORD
 from knockon.run import Run
@@ -76,6 +76,8 @@ def compare(
         raise UserError(
             "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(ANCHORS)
         )
+    suites.refuse_unfit(comparison.suite, screen)
+    refuse_few(comparison.cells)
     _announce(split)
     judged: list[scores.Judged] = []
     truth: Truth | None = None

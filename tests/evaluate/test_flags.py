@@ -260,3 +260,26 @@ def test_a_flag_is_described_in_one_line(truth):
     )
     assert flags.describe(table) == ["scaled: 2 conditions, worst B: b", "copies: A: c"]
     assert flags.describe(flags.check(halved(truth))) == []
+
+
+def test_the_truth_handed_in_is_told(make, screen, split):
+    found = flags.check(Pairs.of(make.cells(["A+B", "B+C", "C+D"], seed=9), screen, split))
+    assert "very cells that they are scored against" not in " ".join(found["message"])
+    truth = Truth.of(screen, split)
+    found = flags.check(Pairs(truth=truth, cells=truth.cells))
+    told = found[found["message"].str.contains("very cells that they are scored against")]
+    assert list(told["condition"]) == [str(label) for label in truth.labels]
+
+
+def test_few_genes_of_each_condition_are_judged_together(make, screen, split):
+    """Signs are flipped in a screen of which each condition shows a handful of genes."""
+    truth = Truth.of(screen, split)
+    flipped = [
+        sp.csr_matrix(np.maximum(2 * control - cells.toarray().mean(axis=0), 0) + 0 * cells.toarray())
+        for control, cells in zip(truth.control, truth.cells, strict=True)
+    ]
+    few = np.zeros(len(screen.genes), dtype=bool)
+    few[:9] = True
+    masked = [sp.csr_matrix(np.where(few, x.toarray(), truth.control[0])) for x in flipped]
+    raised = list(flags.sign_flip(flags.gather(Pairs(truth=truth, cells=tuple(masked)))))
+    assert [name for name, *_ in raised] == [ALL]

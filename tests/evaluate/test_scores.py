@@ -184,3 +184,21 @@ def test_cells_of_baselines_keep_the_figures_of_their_means(norman):
     assert line(found, "additive", "pearson_delta")["mean"] == pytest.approx(0.871, abs=0.01)
     top = line(found, "ceiling", "mse")["mean"]
     assert 0.0001 < top < 0.0004  # below additive: there is room above it
+
+
+def test_anchors_have_as_many_cells_as_the_prediction(make, screen, split):
+    """So that a prediction of few cells stands beside baselines of as few."""
+    truth = Truth.of(screen, split)
+    few = make.cells([str(label) for label in truth.labels], cells=7, seed=1)
+    found = evaluate(few, screen, split).set_index(["model", "condition", "metric"])["value"]
+    beside = scores.anchors(truth, split, cells=7).set_index(["model", "condition", "metric"])["value"]
+    pd.testing.assert_series_equal(found.loc["additive"], beside.loc["additive"])
+
+
+def test_a_suite_without_any_value_and_one_predicted_cell_are_said(make, screen, split, caplog):
+    one = make.cells(["A+B", "B+C", "C+D"], cells=1, seed=1)
+    verdict = scores.judge(scores.Pairs.of(one, screen, split), split, ("core", "interaction"))
+    said = " ".join(verdict.notes["prediction"])
+    assert "one predicted cell of each condition" in said
+    assert said.count("the suite") == (not any("interaction" in name for name in verdict.scores["metric"]))
+    assert "one predicted cell of each condition" in caplog.text

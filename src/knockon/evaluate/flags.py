@@ -28,6 +28,8 @@ COLUMNS = ("flag", "condition", "value", "limit", "message")
 """Of the table of raised flags."""
 CLEAR = 3.0
 """Standard errors by which a gene must change to be said to change."""
+LEAST = 10
+"""Genes without which nothing is said of their directions."""
 JUDGED = 0.6
 """Ratio between halves of the real cells below which these are too noisy to judge a prediction by."""
 
@@ -43,9 +45,12 @@ def sign_flip(evidence: Evidence) -> Iterator[Raised]:
         for change, side in zip(changes, (evidence.real, evidence.predicted), strict=True)
     ]
     both, limit = clear[0] & clear[1], 0.75
-    wrong = (both & (changes[0] * changes[1] < 0)).sum(axis=1)
-    for name, count, out_of in zip(evidence.names, wrong.tolist(), both.sum(axis=1).tolist(), strict=True):
-        if out_of >= 10 and count > limit * out_of:
+    wrong = (both & (changes[0] * changes[1] < 0)).sum(axis=1).tolist()
+    counts = [*zip(evidence.names, wrong, both.sum(axis=1).tolist(), strict=True)]
+    if all(out_of < LEAST for *_, out_of in counts):  # too few in each condition, so all together
+        counts = [(ALL, sum(wrong), int(both.sum()))]
+    for name, count, out_of in counts:
+        if out_of >= LEAST and count > limit * out_of:
             yield (
                 *(name, count / out_of, limit),
                 f"of {out_of} genes that change in the predicted and in the real cells, {count} change in "
@@ -224,9 +229,22 @@ def never_off(evidence: Evidence) -> Iterator[Raised]:
 
 
 def copies(evidence: Evidence) -> Iterator[Raised]:
-    """Training cells given as a prediction, or a mean too near to that of one training condition."""
+    """Measured cells given as a prediction, or a mean too near to that of one training condition."""
+    yield from _copied_tests(evidence)
     yield from _copied_cells(evidence)
     yield from _copied_means(evidence)
+
+
+def _copied_tests(evidence: Evidence) -> Iterator[Raised]:
+    """Predicted cells that are the very cells they are scored against: the truth, handed in by mistake."""
+    sides = zip(evidence.names, evidence.pairs.cells, evidence.truth.cells, strict=True)
+    for name, predicted, real in sides:
+        both, count = sp.csr_matrix(sp.vstack([predicted, real])), num_cells(predicted)
+        shared = num_distinct(predicted) + num_distinct(real) - num_distinct(both)
+        limit = 0.05 + 2 * (1 - num_distinct(real) / num_cells(real))
+        if shared > limit * count:
+            message = f"{shared} of {count} predicted cells are the very cells that they are scored against"
+            yield name, shared / count, limit, message
 
 
 def _copied_cells(evidence: Evidence) -> Iterator[Raised]:

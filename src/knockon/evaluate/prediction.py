@@ -184,6 +184,8 @@ def read(
     _refuse_mixed(matrix, stored.obs.index)
     judged = values.scale(found, declared, options="--pred-").units
     total = _total(reading, about, judged)
+    if reading.total is not None and screen.units == "counts":
+        _refuse_other_total(reading.total, np.concatenate(found.totals))
     plain = _plain(matrix, np.concatenate(found.totals)) if judged == "log1p" and total is None else None
     if declared is None:
         notes = (*notes, f"the prediction holds {judged} (or --pred-units)")
@@ -292,6 +294,18 @@ def _total(reading: Reading, about: Mapping[str, object], units: Units) -> float
             mend="leave out --pred-total",
         )
     return reading.total
+
+
+def _refuse_other_total(total: float, sums: Float[np.ndarray, "cells"]) -> None:
+    """Refuse a total that was told and that cells do not sum to, as the counts of the screen will."""
+    usual = float(np.median(sums))
+    if not total / 2 < usual < total * 2:
+        raise UserError(
+            f"The prediction's cells sum to {usual:,.0f} counts and not to --pred-total {total:g}",
+            expected="the sum over the genes of the file, to which counts of the screen will be brought, too",
+            mend="evaluate against log1p values of the screen (without --layer), if the file has only a part "
+            "of the genes that were normalized",
+        )
 
 
 def _plain(matrix: sp.csr_matrix, sums: Float[np.ndarray, "cells"]) -> float | None:

@@ -19,13 +19,13 @@ from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import mean, num_cells
 from knockon.evaluate.prediction import Prediction, read
 from knockon.evaluate.report.portrait import Album
-from knockon.evaluate.suites import Asked, metric_named, score
+from knockon.evaluate.suites import Asked, metric_named, refuse_unfit, score, silent
 from knockon.evaluate.summary import BASELINES, CEILING, refuse_empty
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
 from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import generate
-from knockon.types import Spec, Units
+from knockon.types import Spec, Units, UserError
 
 log = logging.getLogger("knockon")
 
@@ -74,13 +74,19 @@ def judge(
 
     With a folder ``out``, the portraits that a report shows are written to it.
     """
+    refuse_unfit(suite, pairs.truth.source)
+    if seed < 0:
+        raise UserError(f"The seed is {seed}", expected="0 or more", mend="set --seed")
     for note in pairs.notes:
         log.info(note)
     name = pairs.model if pairs.model not in (*BASELINES, CEILING) else "prediction"
     album = None if out is None else Album.begin(out, pairs.truth)
     found = look(name, pairs, suite, album)
+    # as many as were predicted: few cells are noisier, and that is not the prediction's fault
+    cells = max(2, int(np.median([num_cells(some) for some in pairs.cells])))
+    beside = anchors(pairs.truth, split, suite, cells=cells, seed=seed, album=album)
     return Verdict(
-        scores=_ordered(found.scores, anchors(pairs.truth, split, suite, seed=seed, album=album)),
+        scores=_ordered(found.scores, beside),
         truth=pairs.truth,
         split=split,
         suite=suite,
@@ -111,8 +117,13 @@ def look(name: str, pairs: Pairs, suite: Asked, album: Album | None = None) -> J
     refuse_empty(scores)
     if album:
         album.add(name, pairs)
+    notes = [*pairs.remarks, *silent(suite, scores)]
+    if all(num_cells(cells) == 1 for cells in pairs.cells):
+        notes.append("one predicted cell of each condition: metrics of populations say nothing of it")
+    for note in notes[len(pairs.remarks) :]:
+        log.warning("%s: %s", name, note)
     raised = flags.check(pairs).assign(model=name)
-    return Judged(name=name, scores=scores, flags=raised, notes=pairs.remarks)
+    return Judged(name=name, scores=scores, flags=raised, notes=tuple(notes))
 
 
 def anchors(

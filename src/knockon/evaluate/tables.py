@@ -32,7 +32,9 @@ def render(summary: pd.DataFrame) -> Table:
     lines = summary.set_index(["metric", "model"])
     named = list(dict.fromkeys(summary["model"]))
     models = [name for name in named if name not in (FLOOR, CEILING)]
-    columns = [name for name in (FLOOR, *models, CEILING) if name in named]
+    simple = [name for name in models if name in BASELINES]
+    others = [name for name in models if name not in BASELINES]
+    columns = [name for name in (FLOOR, *simple, *others, CEILING) if name in named]
     table = Table(
         title="means over the test conditions; floor on the left, ceiling on the right; "
         "in parentheses, 0 is the best simple baseline and 1 a replicate"

@@ -281,11 +281,16 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
+NUMBERS = ("value", "mean", "low", "high", "floor", "ceiling", "calibrated", "difference", "p", "limit")
+"""Columns that hold numbers or nothing."""
+
+
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     texts = [name for name in ("model", "condition", "metric", "stratum") if name in columns]
+    numbers = [name for name in NUMBERS if name in columns]
     try:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(texts, "str"))
-        return table.loc[:, list(columns)]
+        return table.loc[:, list(columns)].astype(dict.fromkeys(numbers, float))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"Cannot read {path} ({str(error).splitlines()[0]})",

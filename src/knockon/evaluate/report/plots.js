@@ -92,7 +92,7 @@ function draw(place, traces, layout) {
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       ...layout,
     };
-    const options = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
+    const options = { responsive: true, displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     return Plotly.react(place, traces, whole, options);
   });
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from knockon.data.screen import Screen
 from knockon.evaluate import metrics
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
@@ -47,6 +48,8 @@ class Suite:
         Most cells of a condition and side that enter distances between cells.
     halved
         Whether as many cells are looked at as a half of the real cells has, on which its numbers depend.
+    counted
+        Whether it needs a screen in counts.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Suite:
     gather: Callable[[Pairs, int], object]
     cells: int = 256
     halved: bool = False
+    counted: bool = False
 
 
 Asked = Suite | str | Sequence[str]
@@ -115,6 +119,34 @@ def chosen(suite: Asked) -> tuple[Suite, ...]:
     return tuple(suite_named(one) if isinstance(one, str) else one for one in asked)
 
 
+def refuse_unfit(suite: Asked, screen: Screen) -> None:
+    """Refuse suites that cannot score a screen, before anything is trained on it.
+
+    Raises
+    ------
+    UserError
+        If there is none of a name, or one needs counts and the screen has none.
+    """
+    for asked in chosen(suite):
+        if asked.counted and screen.units != "counts":
+            raise UserError(
+                f"The suite {asked.name} scores counts, and the screen is in log1p",
+                expected="counts, on both sides",
+                mend="read the screen with --layer counts, if it has such a layer",
+            )
+
+
+def silent(suite: Asked, scores: pd.DataFrame) -> list[str]:
+    """Say of each suite without any value that it has none."""
+    found = set(scores["metric"])
+    return [
+        f"the suite {asked.name} has no value: the real cells of these conditions cannot give one "
+        "(too few cells, or nothing of what it looks for)"
+        for asked in chosen(suite)
+        if not any(metric.name in found for metric in asked.metrics)
+    ]
+
+
 def _warn_of_few(pairs: Pairs) -> None:
     """Say so where fewer cells are predicted than a replicate has."""
     wanted = np.minimum(pairs.truth.half, Suite.cells).tolist()
@@ -136,7 +168,7 @@ SUITES = (
     Suite(name="systema", metrics=systema.METRICS, gather=systema.gather),
     Suite(name="scdfm-2025", metrics=scdfm_2025.METRICS, gather=scdfm_2025.gather),
     Suite(name="cell-eval", metrics=cell_eval.METRICS, gather=cell_eval.gather),
-    Suite(name="vcc2026", metrics=vcc_2026.METRICS, gather=vcc_2026.gather),
+    Suite(name="vcc2026", metrics=vcc_2026.METRICS, gather=vcc_2026.gather, counted=True),
 )
 METRICS = tuple({metric.name: metric for suite in SUITES for metric in suite.metrics}.values())
 """Of all suites, each once: a name means one thing, whatever the suite."""

@@ -114,7 +114,7 @@ def lfc_spearman(real: Genes, predicted_lfc: Changes, real_lfc: Changes) -> Valu
 def count_spearman(predicted_count: Values, real_count: Values) -> Float[np.ndarray, ""]:
     """Rank correlation over conditions of the numbers of predicted and of real genes: one value for all."""
     told = np.isfinite(real_count)
-    if len(np.unique(real_count[told])) < 2:
+    if told.sum() < 3 or len(np.unique(real_count[told])) < 2:  # two have no order to speak of
         return np.array(np.nan)
     return np.array(_spearman(predicted_count[told], real_count[told]))
 

@@ -18,8 +18,9 @@ from scipy.spatial import KDTree
 from knockon.data.values import blocks
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import exact, num_cells, num_distinct
-from knockon.evaluate.sides import ENOUGH, HALVINGS, Evidence, Side, Values, contexts, controls, gather
+from knockon.evaluate.sides import ENOUGH, HALVINGS, Evidence, Side, Values, contexts, gather
 from knockon.evaluate.suites import ALL
+from knockon.types import Label
 
 Raised = tuple[str, float, float, str]
 """Condition, value, limit and message."""
@@ -103,7 +104,10 @@ def drifted_controls(evidence: Evidence) -> Iterator[Raised]:
     genes = np.arange(len(truth.screen.genes)) if present is None else np.flatnonzero(present)
     strength, rng = evidence.strength(evidence.real), np.random.default_rng(0)
     for context in contexts(truth):
-        drifted, real = evidence.pairs.controls.get(context), controls(truth, context)[:, genes]
+        drifted, real = (
+            evidence.pairs.controls.get(context),
+            truth.population(Label(covariates=context))[:, genes],
+        )
         if drifted is None or num_cells(real) < 4:
             continue
         here = [label.covariates == context for label in truth.labels]
@@ -133,7 +137,7 @@ def spikes(evidence: Evidence) -> Iterator[Raised]:
     """Genes that other conditions perturb, predicted to change as they never do without that."""
     truth = evidence.truth
     place = {gene: i for i, gene in enumerate(truth.screen.genes)}
-    conditions, genes = truth.screen.conditions, np.zeros(len(place), dtype=bool)
+    conditions = truth.screen.conditions
     own = np.zeros((len(conditions), len(place)), dtype=bool)
     for row, label in enumerate(conditions):
         own[row, [place[name] for name in label.perturbations if name in place]] = True

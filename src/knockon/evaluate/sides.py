@@ -8,8 +8,9 @@ import scipy.sparse as sp
 from jaxtyping import Float, Int
 
 from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.populations import Moments, exact, moments, num_cells
+from knockon.evaluate.populations import Moments, moments, num_cells
 from knockon.evaluate.truth import Context, Truth
+from knockon.types import Label
 
 Means = Float[np.ndarray, "conditions genes"]
 Values = Float[np.ndarray, "conditions"]
@@ -107,7 +108,8 @@ def gather(pairs: Pairs) -> Evidence:
             for cells, order, few in zip(truth.cells, orders, predicted.count.tolist(), strict=True)
         ]
         halves.append((Side.make([one for one, _ in sides]), Side.make([other for _, other in sides])))
-    noise = {context: Side.make([controls(truth, context)]).noise[0] for context in contexts(truth)}
+    found = Side.make([truth.population(Label(covariates=context)) for context in contexts(truth)])
+    noise = dict(zip(contexts(truth), found.noise, strict=True))
     return Evidence(
         pairs=pairs,
         predicted=predicted,
@@ -120,9 +122,3 @@ def gather(pairs: Pairs) -> Evidence:
 def contexts(truth: Truth) -> list[Context]:
     """List the contexts of the scored conditions."""
     return list(dict.fromkeys(label.covariates for label in truth.labels))
-
-
-def controls(truth: Truth, context: Context) -> sp.csr_matrix:
-    """Real control cells of a context."""
-    label = next(label for label in truth.labels if label.covariates == context)
-    return exact(truth.screen.matrix[truth.screen.control_rows(label)])

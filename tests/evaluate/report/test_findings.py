@@ -86,3 +86,10 @@ def test_a_win_is_over_the_conditions_of_the_paired_test(tmp_path):
     rows = [(model, name, "mse", value) for model, values in lines for name, value in values.items()]
     tables.write(pd.DataFrame(rows, columns=tables.LONG), tmp_path)
     assert Findings.read(tmp_path).wins("mine") == (0, 1)  # though its mean is better, over other conditions
+
+
+def test_a_tie_belongs_to_the_baseline(tmp_path):
+    same = {"mine": 0.6, "no_effect": 1.0, "additive": 0.6, "ceiling": 0.2}
+    findings = found(tmp_path, {"mse": same}, ["core"])
+    assert findings.models[:2] == ["additive", "mine"]
+    assert findings.answer().startswith("The simple baseline additive ranks first.")

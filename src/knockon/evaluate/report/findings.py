@@ -88,9 +88,9 @@ class Findings:
 
     @cached_property
     def models(self) -> list[str]:
-        """All but the ceiling, from best to worst mean rank; unranked ones last."""
+        """All but the ceiling, from best to worst mean rank; of equal ones baselines first, unranked ones last."""
         named = [name for name in dict.fromkeys(self.summary["model"]) if name != CEILING]
-        return sorted(named, key=lambda name: self.ranks.get(name, float("inf")))
+        return sorted(named, key=lambda name: (self.ranks.get(name, float("inf")), name not in BASELINES))
 
     @cached_property
     def metrics(self) -> list[str]:

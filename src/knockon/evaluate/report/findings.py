@@ -88,7 +88,7 @@ class Findings:
 
     @cached_property
     def models(self) -> list[str]:
-        """All but the ceiling, from best to worst mean rank; of equal ones baselines first, unranked ones last."""
+        """All but the ceiling, from best to worst mean rank; baselines before equals, unranked ones last."""
         named = [name for name in dict.fromkeys(self.summary["model"]) if name != CEILING]
         return sorted(named, key=lambda name: (self.ranks.get(name, float("inf")), name not in BASELINES))
 

@@ -271,14 +271,15 @@ def test_the_truth_handed_in_is_told(make, screen, split):
     assert list(told["condition"]) == [str(label) for label in truth.labels]
 
 
-def test_few_genes_of_each_condition_are_judged_together(make, screen, split, monkeypatch):
+def test_a_change_that_points_away_is_told_where_few_genes_are_clear(make, screen, split, monkeypatch):
     truth = Truth.of(screen, split)
     flipped = [
         sp.csr_matrix(np.maximum(2 * control - cells.toarray(), 0))
         for control, cells in zip(truth.control, truth.cells, strict=True)
     ]
-    evidence = flags.gather(Pairs(truth=truth, cells=tuple(flipped)))
-    alone = [name for name, *_ in flags.sign_flip(evidence)]
-    assert alone == [str(label) for label in truth.labels]
     monkeypatch.setattr(flags, "LEAST", len(screen.genes) + 1)  # more than any condition can have
-    assert [name for name, *_ in flags.sign_flip(evidence)] == [ALL]
+    raised = list(flags.sign_flip(flags.gather(Pairs(truth=truth, cells=tuple(flipped)))))
+    assert [name for name, *_ in raised] == [str(label) for label in truth.labels]
+    assert all(-1.2 < value < -0.5 and "points away" in message for _, value, _, message in raised)
+    replicate = Pairs.align(make.cells([str(label) for label in truth.labels], seed=4), truth)
+    assert not list(flags.sign_flip(flags.gather(replicate)))

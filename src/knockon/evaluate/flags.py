@@ -29,6 +29,8 @@ COLUMNS = ("flag", "condition", "value", "limit", "message")
 """Of the table of raised flags."""
 CLEAR = 3.0
 """Standard errors by which a gene must change to be said to change."""
+AWAY = -0.5
+"""Cosine of predicted and real change below which one points away from the other."""
 LEAST = 10
 """Genes without which nothing is said of their directions."""
 JUDGED = 0.6
@@ -39,24 +41,42 @@ JUDGED = 0.6
 
 
 def sign_flip(evidence: Evidence) -> Iterator[Raised]:
-    """Genes that change on both sides, by three standard errors, and nearly all in opposite directions."""
+    """Genes that clearly change on both sides and nearly all in opposite directions, or changes that do."""
     changes = [side.of.mean - evidence.truth.control for side in (evidence.real, evidence.predicted)]
     clear = [
         np.abs(change) > CLEAR * np.sqrt(side.noise + evidence.control_noise + 1e-12)
         for change, side in zip(changes, (evidence.real, evidence.predicted), strict=True)
     ]
     both, limit = clear[0] & clear[1], 0.75
-    wrong = (both & (changes[0] * changes[1] < 0)).sum(axis=1).tolist()
-    counts = [*zip(evidence.names, wrong, both.sum(axis=1).tolist(), strict=True)]
-    if all(out_of < LEAST for *_, out_of in counts):  # too few in each condition, so all together
-        counts = [(ALL, sum(wrong), int(both.sum()))]
-    for name, count, out_of in counts:
+    wrong = (both & (changes[0] * changes[1] < 0)).sum(axis=1)
+    rows = zip(evidence.names, wrong.tolist(), both.sum(axis=1).tolist(), _cosines(evidence), strict=True)
+    for name, count, out_of, cosine in rows:
         if out_of >= LEAST and count > limit * out_of:
             yield (
                 *(name, count / out_of, limit),
                 f"of {out_of} genes that change in the predicted and in the real cells, {count} change in "
                 "the wrong direction",
             )
+        elif cosine < AWAY:
+            yield (
+                *(name, cosine, AWAY),
+                f"the predicted change as a whole points away from the real one (cosine {cosine:.2f})",
+            )
+
+
+def _cosines(evidence: Evidence) -> list[float]:
+    """Cosine of predicted and real change, all genes, less the noise of control that both share.
+
+    NaN where either change is not twice its noise.
+    """
+    sides = evidence.predicted, evidence.real
+    product = np.prod([side.of.mean - evidence.truth.control for side in sides], axis=0)
+    inner = np.sum(product - evidence.control_noise, axis=1)
+    squares = [evidence.strength(side) for side in sides]
+    noises = [np.sum(side.noise + evidence.control_noise, axis=1) for side in sides]
+    clear = (squares[0] > 2 * noises[0]) & (squares[1] > 2 * noises[1])
+    lengths = np.sqrt(np.where(clear, squares[0] * squares[1], 1.0))
+    return np.where(clear, inner / lengths, np.nan).tolist()
 
 
 def collapse(evidence: Evidence) -> Iterator[Raised]:

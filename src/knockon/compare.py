@@ -15,7 +15,7 @@ from knockon.data.splits import Split, singles
 from knockon.evaluate import flags, scores, suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.report.portrait import Album
-from knockon.evaluate.summary import CEILING
+from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
 from knockon.files import digest, written_aside
@@ -28,9 +28,6 @@ from knockon.run import Run
 from knockon.train import Options, train
 from knockon.types import UserError
 
-ANCHORS = ("no_effect", "mean_shift", "additive")
-"""Baselines of every comparison, asked for or not: scores mean nothing without them."""
-
 log = logging.getLogger("knockon")
 
 
@@ -38,7 +35,7 @@ log = logging.getLogger("knockon")
 class Comparison:
     """How models are compared."""
 
-    models: tuple[str, ...] = (*ANCHORS, "scdfm")
+    models: tuple[str, ...] = (*BASELINES, "scdfm")
     """Names, or name:preset; the simple baselines are added where they are missing."""
     cells: int = 256
     """Predicted cells of each condition."""
@@ -72,9 +69,9 @@ def compare(
     """
     folder = Path(out)
     recipes = _recipes(comparison)
-    if comparison.fallback not in (None, *ANCHORS):
+    if comparison.fallback not in (None, *BASELINES):
         raise UserError(
-            "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(ANCHORS)
+            "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(BASELINES)
         )
     suites.refuse_unfit(comparison.suite, screen)
     refuse_few(comparison.cells)
@@ -98,7 +95,7 @@ def compare(
             fallback = run
         album = album or Album.begin(folder, truth)
         judged.append(scores.look(name, Pairs.align(predicted, truth), comparison.suite, album))
-        for line in flags.describe(judged[-1].flags) if name not in ANCHORS else ():
+        for line in flags.describe(judged[-1].flags) if name not in BASELINES else ():
             log.warning("%s: %s", name, line)
     if truth is None:
         raise UserError("No model could predict the test conditions", mend="choose other --models")
@@ -118,7 +115,7 @@ def _recipes(comparison: Comparison) -> dict[str, Recipe]:
     """Models by the name of their run, the anchors first, with what all of them share."""
     asked = [text.replace("-", "_") for text in comparison.models]
     recipes = {}
-    for text in (*ANCHORS, *(name for name in asked if name not in ANCHORS)):
+    for text in (*BASELINES, *(name for name in asked if name not in BASELINES)):
         name, _, preset = text.partition(":")
         recipe = models.recipe(name, preset or "default")
         training = dataclasses.replace(recipe.train, seed=comparison.seed)

@@ -48,15 +48,8 @@ def counts(pairs: Pairs) -> tuple[sp.csr_matrix, ...]:
     )
 
 
-def measured(truth: Truth, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
-    """Give the counts of the scored genes in some cells of a screen that has counts."""
-    found = truth.counted(rows)
-    assert found is not None
-    return found
-
-
 def _totals(truth: Truth, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "cells"]:
-    return np.asarray(measured(truth, rows).sum(axis=1)).ravel()
+    return np.asarray(truth.counted(rows).sum(axis=1)).ravel()
 
 
 def drawn(cells: sp.csr_matrix, sizes: Float[np.ndarray, "cells"], rng: np.random.Generator) -> sp.csr_matrix:

@@ -151,6 +151,16 @@ def _take(values: Means, genes: Int[np.ndarray, "conditions top"]) -> Float[np.n
     return np.take_along_axis(values, genes, axis=1)
 
 
+def share(
+    part: Bool[np.ndarray, "conditions genes"],
+    whole: Bool[np.ndarray, "conditions genes"],
+    none: float = np.nan,
+) -> Values:
+    """Share of the genes of each row; ``none`` where there is none of which to take one."""
+    count = whole.sum(axis=1)
+    return np.where(count > 0, part.sum(axis=1) / np.maximum(count, 1), none)
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 

@@ -112,10 +112,11 @@ class Pairs:
         matrix, scaled = _in_log1p(raw, found, truth, absent)
         rows = [found.rows[label] for label in truth.labels]
         origins = found.origins(truth.source)
+        counted = None if truth.counts is None else truth.counted
         return cls(
             truth=truth,
             cells=_filled([matrix[some] for some in rows], truth, absent, lambda x: truth.screen.matrix[x]),
-            counts=_filled([raw[some] for some in rows], truth, absent, truth.counted)
+            counts=_filled([raw[some] for some in rows], truth, absent, counted)
             if found.units == "counts"
             else None,
             origins=None if origins is None else tuple(origins[some] for some in rows),
@@ -223,7 +224,7 @@ def _filled(
     cells: Sequence[sp.csr_matrix],
     truth: Truth,
     absent: Bool[np.ndarray, "genes"],
-    measured: Callable[[Int[np.ndarray, "_"]], sp.csr_matrix | None],
+    measured: Callable[[Int[np.ndarray, "_"]], sp.csr_matrix] | None,
 ) -> tuple[sp.csr_matrix, ...]:
     """Cells of each condition, in which genes that were not predicted are silenced or unchanged.
 
@@ -233,7 +234,7 @@ def _filled(
         Gives real cells by their rows, for the values of control cells; None where there are none in these
         units.
     """
-    if not absent.any() or measured(np.zeros(0, dtype=np.int64)) is None:
+    if measured is None or not absent.any():
         return tuple(exact(some) for some in cells)
     filled = []
     for some, label, real, control in zip(

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from jaxtyping import Float
 
 from knockon.data import splits
-from knockon.evaluate.populations import exact, moments, num_cells
+from knockon.evaluate.populations import moments, num_cells
 from knockon.evaluate.suites import ALL
 from knockon.evaluate.truth import Truth
 from knockon.types import Label
@@ -71,10 +71,8 @@ def effect_size(truth: Truth) -> Float[np.ndarray, "conditions"]:
     The noise of both means is taken out of its square, so that few cells do not look like an effect.
     """
     noise = np.array([_noise(cells) for cells in truth.cells])
-    screen = truth.screen
-    groups = {label.covariates: screen.control_rows(label) for label in truth.labels}
-    of_control = {context: _noise(exact(screen.matrix[rows])) for context, rows in groups.items()}
-    noise += [of_control[label.covariates] for label in truth.labels]
+    of_control = {x: _noise(truth.population(x)) for x in {label.control() for label in truth.labels}}
+    noise += [of_control[label.control()] for label in truth.labels]
     squares = np.square(truth.moments.mean - truth.control).sum(axis=1)
     return np.sqrt(np.maximum(squares - noise, 0.0))
 

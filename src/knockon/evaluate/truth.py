@@ -82,12 +82,9 @@ class Truth:
         screen = self.screen
         return _cells(screen, screen.control_rows(label) if label.is_control else screen.rows[label])
 
-    def counted(self, rows: Int[np.ndarray, "_"]) -> sp.csr_matrix | None:
-        """Find the counts of the panel's genes in some cells of the screen; None of a screen in log1p."""
-        if self.source.units != "counts":
-            return None
-        place = {gene: i for i, gene in enumerate(self.source.genes)}
-        return _cells(self.source, rows)[:, [place[gene] for gene in self.screen.genes]]
+    def counted(self, rows: Int[np.ndarray, "_"]) -> sp.csr_matrix:
+        """Find the counts of the panel's genes in some cells of a screen that has counts."""
+        return _counted(self.source, self.screen, rows)
 
     def share(self, genes: Bool[np.ndarray, "genes"]) -> float:
         """Share of some genes in what all genes of the control cells sum to, before the logarithm."""
@@ -145,7 +142,9 @@ class Truth:
             labels=test,
             train=train,
             cells=tuple(_cells(screen, screen.rows[label]) for label in test),
-            counts=_counts(source, screen, test),
+            counts=tuple(_counted(source, screen, source.rows[label]) for label in test)
+            if source.units == "counts"
+            else None,
             half=np.array([len(screen.rows[label]) // 2 for label in test]),
             space=Space(train=screen.select((*train, *screen.controls))),
             control=np.stack([controls[label.covariates] for label in test]),
@@ -201,13 +200,9 @@ def _cells(screen: Screen, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
     return exact(sp.csr_matrix(screen.matrix[rows]))
 
 
-def _counts(source: Screen, screen: Screen, labels: Iterable[Label]) -> tuple[sp.csr_matrix, ...] | None:
-    """Find the counts of the panel's genes in the cells of conditions, where they were measured."""
-    if source.units != "counts":
-        return None
+def _counted(source: Screen, screen: Screen, rows: Int[np.ndarray, "_"]) -> sp.csr_matrix:
     place = {gene: i for i, gene in enumerate(source.genes)}
-    columns = [place[gene] for gene in screen.genes]
-    return tuple(_cells(source, source.rows[label])[:, columns] for label in labels)
+    return _cells(source, rows)[:, [place[gene] for gene in screen.genes]]
 
 
 def _controls(screen: Screen) -> dict[Context, Int[np.ndarray, "cells"]]:

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 
-from knockon.evaluate.metrics import Metric, Values, pearson
+from knockon.evaluate.metrics import Metric, Values, pearson, share
 from knockon.evaluate.pairs import Pairs
 
 Genes = Bool[np.ndarray, "conditions genes"]
@@ -64,17 +64,17 @@ class Evidence:
 
 def overlap(predicted: Genes, real: Genes, predicted_lfc: Changes) -> Values:
     """Share of the real genes among as many predicted genes, those of the largest fold changes."""
-    return _share(_top(predicted, real, predicted_lfc) & real, real)
+    return share(_top(predicted, real, predicted_lfc) & real, real)
 
 
 def precision(predicted: Genes, real: Genes) -> Values:
     """Share of the predicted genes that are real."""
-    return _of_real(_share(predicted & real, predicted, none=0.0), real)
+    return _of_real(share(predicted & real, predicted, none=0.0), real)
 
 
 def jaccard(predicted: Genes, real: Genes) -> Values:
     """Genes that are predicted and real, as a share of those that are either."""
-    return _of_real(_share(predicted & real, predicted | real), real)
+    return _of_real(share(predicted & real, predicted | real), real)
 
 
 def pr_auc(real: Genes, predicted_adjusted: Changes) -> Values:
@@ -90,7 +90,7 @@ def pr_auc(real: Genes, predicted_adjusted: Changes) -> Values:
 
 def signed_overlap(predicted: Genes, real: Genes, predicted_lfc: Changes, real_lfc: Changes) -> Values:
     """``de_overlap``, where a gene counts only if it changes in the right direction."""
-    return _share(_top(predicted, real, predicted_lfc) & real & _agree(predicted_lfc, real_lfc), real)
+    return share(_top(predicted, real, predicted_lfc) & real & _agree(predicted_lfc, real_lfc), real)
 
 
 def direction(real: Genes, predicted_lfc: Changes, real_lfc: Changes) -> Values:
@@ -98,7 +98,7 @@ def direction(real: Genes, predicted_lfc: Changes, real_lfc: Changes) -> Values:
 
     A guess is right in half of them; genes that the prediction leaves unchanged are wrong.
     """
-    return _share(real & _agree(predicted_lfc, real_lfc), real)
+    return share(real & _agree(predicted_lfc, real_lfc), real)
 
 
 def lfc_spearman(real: Genes, predicted_lfc: Changes, real_lfc: Changes) -> Values:
@@ -139,11 +139,6 @@ def _top(predicted: Genes, real: Genes, predicted_lfc: Changes) -> Genes:
 
 def _agree(predicted_lfc: Changes, real_lfc: Changes) -> Genes:
     return np.sign(predicted_lfc) * np.sign(real_lfc) > 0
-
-
-def _share(part: Genes, whole: Genes, none: float = np.nan) -> Values:
-    count = whole.sum(axis=1)
-    return np.where(count > 0, part.sum(axis=1) / np.maximum(count, 1), none)
 
 
 def _of_real(values: Values, real: Genes) -> Values:

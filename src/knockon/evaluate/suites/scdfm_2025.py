@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import false_discovery_control, mannwhitneyu, rankdata
 
 from knockon.evaluate import metrics
-from knockon.evaluate.metrics import Means, Metric, Noise, Values
+from knockon.evaluate.metrics import Means, Metric, Noise, Values, share
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.suites.bridges import Table, by_context, column, joined
 
@@ -124,12 +124,12 @@ def overlap_at_n(predicted_fold: Means, predicted_p: Means, real_p: Means) -> Va
 def de_sig_genes_recall(predicted_p: Means, real_p: Means) -> Values:
     """Share of the really significant genes that are significant in the prediction, too."""
     real = _called(real_p)
-    return _share(real & _called(predicted_p), real)
+    return share(real & _called(predicted_p), real)
 
 
 def de_direction_match(predicted_fold: Means, real_fold: Means, real_p: Means) -> Values:
     """Share of the really significant genes whose predicted change has the right sign."""
-    return _share(_called(real_p) & (np.sign(predicted_fold) == np.sign(real_fold)), _called(real_p))
+    return share(_called(real_p) & (np.sign(predicted_fold) == np.sign(real_fold)), _called(real_p))
 
 
 def de_spearman_lfc_sig(predicted_fold: Means, real_fold: Means, real_p: Means) -> Values:
@@ -175,12 +175,6 @@ def _curve(
 
 def _called(p: Means) -> Called:
     return p < LEVEL
-
-
-def _share(some: Called, of: Called) -> Values:
-    """NaN where there are none of which to take a share."""
-    numbers = of.sum(axis=1)
-    return np.where(numbers > 0, some.sum(axis=1) / np.maximum(numbers, 1), np.nan)
 
 
 def _spearman(predicted: np.ndarray, real: np.ndarray) -> float:

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from knockon.evaluate.counting import counts, measured
+from knockon.evaluate.counting import counts
 from knockon.evaluate.metrics import Metric
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.suites.bridges import KEY, Column, Table, by_context, column, joined, quiet, side
@@ -72,7 +72,7 @@ def _scored(pairs: Pairs, predicted: tuple[sp.csr_matrix, ...], places: np.ndarr
     truth = pairs.truth
     assert truth.counts is not None  # or there would be no predicted counts
     labels = [truth.labels[i] for i in places]
-    control = measured(truth, truth.source.control_rows(labels[0]))
+    control = truth.counted(truth.source.control_rows(labels[0]))
     both = [
         side(labels, [source[i] for i in places], control, truth.screen.genes)
         for source in (predicted, truth.counts)

@@ -6,6 +6,7 @@ import pytest
 from knockon.compare import Comparison, compare
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
+from knockon.evaluate.summary import BASELINES
 from knockon.evaluate.tables import render
 from knockon.train import Options
 from knockon.types import UserError
@@ -27,7 +28,7 @@ def folder(screen: Screen, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_anchors_are_always_there(folder: Path) -> None:
     scores, summary = pd.read_csv(folder / "scores.csv"), pd.read_csv(folder / "summary.csv")
-    models = ["no_effect", "mean_shift", "additive", "nearest", "latent_additive-small", "ceiling"]
+    models = [*BASELINES, "nearest", "latent_additive-small", "ceiling"]
     assert list(scores["model"].unique()) == models
     assert list(summary["model"].unique()) == models
     floor = summary[summary["model"] == "no_effect"].set_index("metric")
@@ -45,7 +46,7 @@ def test_the_means_are_of_the_scores(folder: Path) -> None:
 def test_generated_cells_are_compared_too(screen: Screen, tmp_path: Path) -> None:
     comparison = Comparison(models=("nearest",), suite=("generation",))
     summary = compare(screen, splits.additive(screen), out=tmp_path, comparison=comparison)
-    assert list(summary["model"].unique()) == ["no_effect", "mean_shift", "additive", "nearest", "ceiling"]
+    assert list(summary["model"].unique()) == [*BASELINES, "nearest", "ceiling"]
     means = summary.set_index(["metric", "model"])["mean"]
     assert means["w2", "ceiling"] < means["w2", "no_effect"]
     assert means["mean_r2", "ceiling"] > means["mean_r2", "no_effect"]
@@ -77,7 +78,7 @@ def test_what_cannot_be_predicted_is_left_out_and_said(
         )
     assert "latent_additive-small is left out" in caplog.text
     assert "the mean effect stands in" in caplog.text
-    assert set(summary["model"]) == {"no_effect", "mean_shift", "additive", "ceiling"}
+    assert set(summary["model"]) == {*BASELINES, "ceiling"}
 
 
 def test_what_cannot_be_predicted_is_not_trained_either(screen: Screen, tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_an_unknown_model_is_refused_before_anything_is_done(screen: Screen, tmp
 def test_the_table_shows_every_model_and_metric(folder: Path) -> None:
     table = render(pd.read_csv(folder / "summary.csv"))
     assert [str(column.header).splitlines()[0] for column in table.columns][1:] == [
-        *("no_effect", "mean_shift", "additive", "nearest", "latent_additive-small", "ceiling"),
+        *(*BASELINES, "nearest", "latent_additive-small", "ceiling"),
         "[dim]how[/dim]",
     ]
     assert table.row_count == 11

@@ -116,24 +116,31 @@ class MeasuredEffects(ConditionTable):
         """Weighted sum of the measured effects."""
         return weights @ self.effect
 
-    def average(self, condition: Condition) -> Float[Tensor, "sets rows"]:
-        """Weigh all measured conditions of the context alike."""
+    def average(
+        self, condition: Condition, without: Bool[Tensor, "sets rows"] | None = None
+    ) -> Float[Tensor, "sets rows"]:
+        """Weigh all measured conditions of the context alike, but those ``without``."""
         every = torch.ones(len(condition), len(self.effect), dtype=torch.bool, device=self.effect.device)
-        return _share(self._nearby(every, condition.covariates))
+        return _share(self._nearby(_but(every, without), condition.covariates))
 
-    def exact(self, condition: Condition) -> Float[Tensor, "sets rows"]:
-        """Find the very same perturbations at the very same doses."""
+    def exact(
+        self, condition: Condition, without: Bool[Tensor, "sets rows"] | None = None
+    ) -> Float[Tensor, "sets rows"]:
+        """Find the very same perturbations at the very same doses, in rows but those ``without``."""
         same = condition.same_treatment(self.measured)
-        return _share(self._nearby(same, condition.covariates))
+        return _share(self._nearby(_but(same, without), condition.covariates))
 
-    def single(self, condition: Condition) -> Float[Tensor, "sets slots rows"]:
+    def single(
+        self, condition: Condition, without: Bool[Tensor, "sets rows"] | None = None
+    ) -> Float[Tensor, "sets slots rows"]:
         """Find the perturbation of each slot on its own, interpolated in the logarithm of the dose.
 
-        Outside the measured doses the nearest of them serves.
+        Outside the measured doses the nearest of them serves. Rows ``without`` do not count.
         """
         rows, dose = self.perturbation[:, 0], self.dose[:, 0]
         alone = (self.perturbation[:, 1:] == 0).all(1) & (rows > 0)
         same = alone & (condition.perturbation.unsqueeze(-1) == rows)
+        same = _but(same, None if without is None else without.unsqueeze(1))
         return _between(self._nearby(same, condition.covariates), dose, condition.dose)
 
     def containing(self, condition: Condition) -> Float[Tensor, "sets slots rows"]:
@@ -178,6 +185,12 @@ def _same_context(
     asked: Int[Tensor, "sets covs"], known: Int[Tensor, "rows covs"]
 ) -> Bool[Tensor, "sets rows"]:
     return (asked[:, None] == known[None]).all(-1)
+
+
+def _but(
+    found: Bool[Tensor, "sets *slots rows"], without: Bool[Tensor, "sets *one rows"] | None
+) -> Bool[Tensor, "sets *slots rows"]:
+    return found if without is None else found & ~without
 
 
 def _share(found: Bool[Tensor, "*sets rows"]) -> Float[Tensor, "*sets rows"]:

@@ -20,7 +20,6 @@ from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
 from knockon.files import digest, written_aside
 from knockon.model import Recipe
-from knockon.models.additive import Config as AdditiveConfig
 from knockon.predict import Refusal, refuse_few, unknown
 from knockon.progress import bar
 from knockon.record import RECORD
@@ -117,13 +116,11 @@ def _recipes(comparison: Comparison) -> dict[str, Recipe]:
     recipes = {}
     for text in (*BASELINES, *(name for name in asked if name not in BASELINES)):
         name, _, preset = text.partition(":")
-        recipe = models.recipe(name, preset or "default")
+        recipe = scores.simple(name) if text in BASELINES else models.recipe(name, preset or "default")
         training = dataclasses.replace(recipe.train, seed=comparison.seed)
         if training.steps and comparison.steps is not None:
             training = dataclasses.replace(training, steps=comparison.steps)
         recipes[text.replace(":", "-")] = dataclasses.replace(recipe, train=training)
-    if "additive" in recipes:
-        recipes["additive"] = Recipe(model=AdditiveConfig(missing="mean"))
     return recipes
 
 

@@ -223,13 +223,24 @@ class Noise:
         """Draw counts with these expectations."""
         return torch.cat([torch.poisson(x, generator=g) for x, g in self._parts(rates)])
 
+    def gamma(self, shape: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
+        """Draw gamma numbers of scale 1."""
+        # torch.distributions takes no generator
+        drawn = [torch._standard_gamma(x, generator=g) for x, g in self._parts(shape)]  # pyright: ignore[reportPrivateImportUsage]
+        return torch.cat(drawn)
+
+    def binomial(
+        self, number: Float[Tensor, "sets *shape"], probability: Float[Tensor, "sets *shape"]
+    ) -> Float[Tensor, "sets *shape"]:
+        """Draw how many of so many things happen."""
+        parts = zip(self._parts(number), self._parts(probability), strict=True)
+        return torch.cat([torch.binomial(n, p, generator=g) for (n, g), (p, _) in parts])
+
     def negative_binomial(
         self, mean: Float[Tensor, "sets *shape"], inverse: Float[Tensor, "sets *shape"]
     ) -> Float[Tensor, "sets *shape"]:
         """Draw counts of variance ``mean + mean^2 / inverse``: Poisson counts of gamma rates."""
-        # torch.distributions takes no generator
-        gamma = [torch._standard_gamma(x, generator=g) for x, g in self._parts(inverse)]  # pyright: ignore[reportPrivateImportUsage]
-        return self.poisson(torch.cat(gamma) * mean / inverse)
+        return self.poisson(self.gamma(inverse) * mean / inverse)
 
     def _draw(self, like: Tensor, draw: Callable[..., Tensor]) -> Tensor:
         return torch.cat(

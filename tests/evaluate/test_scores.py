@@ -19,7 +19,7 @@ def test_evaluate_gives_the_prediction_and_all_anchors(screen, split, prediction
     table = evaluate(prediction, screen, split)
     assert list(table.columns) == ["model", "condition", "metric", "value"]
     assert list(table["model"].unique()) == ["prediction", *BASELINES, "ceiling"]
-    assert len(table) == 5 * 3 * len(METRICS)
+    assert len(table) == (2 + len(BASELINES)) * 3 * len(METRICS)
     pd.testing.assert_frame_equal(table, evaluate(prediction, screen, split))
 
 

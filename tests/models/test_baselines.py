@@ -191,7 +191,7 @@ def test_nearest_weighs_neighbors_by_their_distance(pairs: Screen) -> None:
     model = fit(nearest.Config(neighbors=1, components=2), pairs, vectors)
     assert known(model, Label.of(["HELD"])) == [True]
     codes = pairs.spec(vectors).perturbations
-    neighbor = codes[int(model.neighbors[codes.index("HELD") + 1, 0]) - 1]
+    neighbor = codes[int(model.neighbors.codes[codes.index("HELD") + 1, 0]) - 1]
     effect = {"A": A, "B": B, "C": C}[neighbor]
     np.testing.assert_allclose(predict(model, Label.of(["HELD"]))[0], BASE + effect, rtol=1e-5)
     alike = fit(nearest.Config(neighbors=3, temperature=1e6), pairs, vectors)

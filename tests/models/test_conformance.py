@@ -152,6 +152,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
     monkeypatch.setattr(torch, "poisson", lambda rate, **_: rate.round())
     monkeypatch.setattr(torch, "_standard_gamma", lambda shape, **_: shape)
+    monkeypatch.setattr(torch, "binomial", lambda count, prob, **_: (count * prob).round())
 
 
 def reorder(condition: Condition, order: list[int]) -> Condition:

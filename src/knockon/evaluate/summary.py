@@ -12,7 +12,7 @@ from knockon.evaluate.suites import ALL, metric_named
 from knockon.types import UserError
 
 FLOOR, CEILING = "no_effect", "ceiling"
-BASELINES = (FLOOR, "mean_shift", "additive")
+BASELINES = (FLOOR, "mean_shift", "additive", "shrunken_additive")
 """Simple baselines, the best of which is where calibrated scores begin and what paired tests refer to."""
 DRAWS = 2000
 """Bootstrap samples of an interval."""

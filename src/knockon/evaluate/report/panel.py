@@ -19,7 +19,12 @@ class Color:
 
 ROOM = Color("#2b8a3e", "#69c779")
 """Of the room between floor and ceiling."""
-GRAYS = Color("#6b7280", "#9aa3af"), Color("#8d99a8", "#78828f"), Color("#4b5563", "#bcc4ce")
+GRAYS = (
+    Color("#6b7280", "#9aa3af"),
+    Color("#8d99a8", "#78828f"),
+    Color("#4b5563", "#bcc4ce"),
+    Color("#5f6670", "#aab2bc"),
+)
 """Of the simple baselines."""
 COLORS = (
     Color("#0072b2", "#4da3e0"),

@@ -1,0 +1,369 @@
+"""Response surface: what genes do in general corrects what measured effects say of a new condition."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from knockon.baseline import MeanModel, MeasuredEffects
+from knockon.data.graph import moments
+from knockon.data.screen import Screen
+from knockon.dynamics.shrinkage import denoise
+from knockon.model import ModelConfig, Recipe
+from knockon.models._embedding import Neighbors
+from knockon.nn.surface import FOLDS, Surface
+from knockon.types import Condition, Spec
+
+EXAMPLES = 400_000
+"""Values (conditions x genes) that a surface is fitted to at most, drawn at random."""
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of noise that are tried."""
+HALVINGS = 2
+"""Random halvings that they are tried on."""
+FEW = 0.05
+"""Normalized counts that are added before a ratio of two expressions is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    """What is done to measured effects, and how a surface is shaped."""
+
+    noise: float | None = None
+    """Share of the variance of a mean, given its cells, that is taken out of measured effects as noise
+    (``knockon.dynamics.shrinkage``): small effects of many genes look like noise. 0 takes out none; without
+    it, the share is taken that lets half of the cells predict the other half best."""
+    curved: bool = True
+    """Correct by surfaces; without them, effects are carried over, averaged and added as they are."""
+    neighbors: int = 6
+    """Measured single perturbations that stand in for one that was not measured, at most."""
+    temperature: float = 0.1
+    """Cosine distance over which the weight of a neighbor falls to a third; large makes them equal."""
+    components: int = 10
+    """Principal components in the embedding that tells neighbors."""
+    cosines: int = 600
+    """Random features of a surface."""
+    width: float = 0.5
+    """Standard deviation of their frequencies."""
+
+    def build(self, spec: Spec) -> "ResponseSurface":
+        """Make the model."""
+        return ResponseSurface(self, spec)
+
+
+class ResponseSurface(MeanModel):
+    """Simple estimates, each corrected by a surface that was fitted to what it misses in training.
+
+    A condition that was measured in its context is answered with its effect. Any other begins with a
+    simple estimate, and a smooth function of what is known of a gene (the same for all genes) adds what
+    such estimates missed where training could tell:
+
+    1. *carried*: measured in other contexts only; the mean over them, the more alike the control cells
+       the more weight;
+    2. *guessed*: a perturbation that was never measured alone; the mean over its nearest neighbors by
+       their vectors;
+    3. *combined*: several perturbations; the sum over them, each measured, carried or guessed.
+
+    Every surface learns from training conditions as if they had not been measured, and is left out where
+    it does not predict conditions better that it was not fitted to. Effects are denoised.
+    """
+
+    group: Int[Tensor, "rows"]
+    """Measured effects of one group (a treatment, or where there are few of them a context) are predicted
+    together, without each other."""
+    rows_in: Int[Tensor, "rows"]
+    """Population of the control cells that each measured effect refers to."""
+    apart: Float[Tensor, "populations populations"]
+    """Expected squared difference between the effects of one treatment in two contexts."""
+    doubt: Float[Tensor, "rows"]
+    """Squared error of the measured effects."""
+    spread: Float[Tensor, "genes"]
+    """Standard deviation of a gene within conditions, log1p."""
+    response: Float[Tensor, "mean_and_std genes"]
+    """Over the measured effects."""
+
+    def __init__(self, config: Config, spec: Spec) -> None:
+        super().__init__(spec)
+        self.config = config
+        self.effects = MeasuredEffects(spec)
+        self.neighbors = Neighbors(spec, config.neighbors, config.temperature, config.components)
+        shape = {"cosines": config.cosines, "width": config.width}
+        self.carry = Surface(9, **shape)
+        self.guess = Surface(9, **shape)
+        self.combine = Surface(12, **shape)
+        self.register_buffer("group", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("rows_in", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("apart", torch.zeros(0, 0))
+        self.register_buffer("doubt", torch.zeros(0))
+        self.register_buffer("spread", torch.zeros(len(spec.genes)))
+        self.register_buffer("response", torch.zeros(2, len(spec.genes)))
+
+    def fit_effects(self, train: Screen) -> None:
+        """Measure and denoise the effects, and fit the surfaces."""
+        self.effects.fit(train, self.spec)
+        self.neighbors.fit(train)
+        raw, asked = self.effects.effect, self.effects.measured
+        self.rows_in = self._population(asked)
+        treatments = asked.same_treatment(asked).int().argmax(1)
+        groups = treatments if len(treatments.unique()) >= FOLDS else self.rows_in
+        self.group = groups.unique(return_inverse=True)[1]
+        # the noise of control cells, which all effects share, cancels in the mean of a single
+        rows = 1 / np.array([len(train.rows[label]) for label in train.conditions])
+        variances = [np.square(moments(train.matrix, train.rows[label])[1]) for label in train.rows]
+        weights = np.array([len(train.rows[label]) for label in train.rows])
+        genes = np.average(variances, axis=0, weights=weights)
+        noise = _noise_by_halves(train, genes) if self.config.noise is None else self.config.noise
+        if noise:
+            clean = denoise(raw.double().numpy(), noise * rows, genes)
+            self.effects.effect = torch.from_numpy(clean.astype(np.float32))
+        found = self.effects.effect
+        self.spread = torch.from_numpy(np.sqrt(genes).astype(np.float32))
+        self.response = torch.stack([found.mean(0), found.std(0, correction=0)])
+        self.doubt = torch.from_numpy(rows * genes.sum()).float()
+        self.apart = self._compare_contexts(asked, raw)
+        if self.config.curved:
+            self._fit_surfaces(asked, raw, torch.from_numpy(np.outer(rows, genes).astype(np.float32)))
+
+    def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Estimate the effect by what is best known."""
+        return self._respond(condition, None)
+
+    def held_out(self, condition: Condition) -> Float[Tensor, "sets genes"]:
+        """Predict the mean of each condition, log1p, as if it had not been measured.
+
+        For conditions of training: by all other conditions, and by surfaces that it was no example of.
+        """
+        without = self._itself(condition)
+        base = self.dispersion.mean[self._population(condition)]
+        known = self._knows(condition, without)[:, None]
+        return (base + torch.where(known, self._respond(condition, without), 0)).clamp_min(0)
+
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Whether the condition, or each of its parts, was measured or has measured neighbors."""
+        return self._knows(condition, None)
+
+    def _knows(self, condition: Condition, without: "Without") -> Bool[Tensor, "sets"]:
+        exact = self.effects.exact(condition, without).any(-1)
+        single = self.effects.single(condition, without).any(-1)
+        near = self.neighbors.weigh(self.effects, condition, without).any(-1)
+        return exact | (single | near | (condition.perturbation == 0)).all(-1)
+
+    def _respond(self, condition: Condition, without: "Without") -> Float[Tensor, "sets genes"]:
+        fold = None if without is None else self.group[without.int().argmax(1)]
+        weights = self.effects.exact(condition, without)
+        whole = self._estimate(condition, weights, self.carry, fold)
+        if (weights > 0).any(-1).all():
+            return whole
+        parts = self._parts(condition, without, fold)
+        combined = parts.sum(1)
+        several = (condition.perturbation > 0).sum(-1) > 1
+        if several.any() and self.config.curved:
+            correction = self.combine(self._about_parts(condition, parts), fold)
+            combined = combined + torch.where(several[:, None], self.spread * correction, 0)
+        return torch.where((weights > 0).any(-1, keepdim=True), whole, combined)
+
+    def _parts(
+        self, condition: Condition, without: "Without", fold: Int[Tensor, "sets"] | None
+    ) -> Float[Tensor, "sets slots genes"]:
+        """Estimate the effect of each perturbation alone."""
+        alone = self.effects.single(condition, without)
+        near = self.neighbors.weigh(self.effects, condition, without)
+        found = []
+        for slot in range(alone.shape[1]):
+            measured = self._estimate(condition, alone[:, slot], self.carry, fold)
+            missing = (alone[:, slot] == 0).all(-1) & (condition.perturbation[:, slot] > 0)
+            if missing.any():
+                guessed = self._estimate(condition, near[:, slot], self.guess, fold, always=True)
+                measured = torch.where(missing[:, None], guessed, measured)
+            found.append(measured)
+        return torch.stack(found, dim=1)
+
+    def _estimate(
+        self,
+        condition: Condition,
+        weights: Float[Tensor, "sets rows"],
+        surface: Surface,
+        fold: Int[Tensor, "sets"] | None,
+        *,
+        always: bool = False,
+    ) -> Float[Tensor, "sets genes"]:
+        """Weigh measured effects, and correct them where they are of other contexts, or always."""
+        here = self._population(condition)
+        weights = self._by_likeness(weights, here)
+        plain = self.effects(weights)
+        there = (weights > 0) & (self.rows_in != here[:, None])
+        corrected = (weights > 0).any(-1) if always else there.any(-1)
+        if not (self.config.curved and corrected.any()):
+            return plain
+        correction = surface(self._about(here, weights), fold)
+        return plain + torch.where(corrected[:, None], self.spread * correction, 0)
+
+    def _by_likeness(
+        self, weights: Float[Tensor, "sets rows"], here: Int[Tensor, "sets"]
+    ) -> Float[Tensor, "sets rows"]:
+        scaled = weights / (self.doubt + self.apart[here][:, self.rows_in]).clamp_min(1e-9)
+        return scaled / scaled.sum(-1, keepdim=True).clamp_min(torch.finfo(scaled.dtype).tiny)
+
+    def _about(
+        self, here: Int[Tensor, "sets"], weights: Float[Tensor, "sets rows"]
+    ) -> Float[Tensor, "sets genes features"]:
+        """Say what is known of each gene where effects of other conditions are carried over."""
+        estimate, square = weights @ self.effects.effect, weights @ self.effects.effect.square()
+        control = self.dispersion.mean[here]
+        there = weights @ self.dispersion.mean[self.rows_in]
+        ratio = ((there + estimate).clamp_min(0).expm1() + FEW) / (there.expm1() + FEW)
+        scaled = (control.expm1() * ratio).log1p() - control
+        every = torch.ones_like(estimate)
+        return torch.stack(
+            [
+                estimate,
+                scaled,
+                control,
+                there - control,
+                (square - estimate.square()).clamp_min(0).sqrt(),
+                self.response[0] * every,
+                self.response[1] * every,
+                self.spread * every,
+                estimate.norm(dim=-1, keepdim=True) * every,
+            ],
+            dim=-1,
+        )
+
+    def _about_parts(
+        self, condition: Condition, parts: Float[Tensor, "sets slots genes"]
+    ) -> Float[Tensor, "sets genes features"]:
+        """Say what is known of each gene where several effects come together."""
+        present = (condition.perturbation > 0).unsqueeze(-1)
+        total = parts.sum(1)
+        size = parts.norm(dim=-1, keepdim=True)
+        pairs = (total.square() - parts.square().sum(1)) / 2
+        lengths = torch.where(present, size, torch.inf).amin(1), size.amax(1)
+        agreement = pairs.sum(-1, keepdim=True) / (lengths[0] * lengths[1]).clamp_min(1e-6)
+        every = torch.ones_like(total)
+        return torch.stack(
+            [
+                total,
+                pairs,
+                torch.where(present, parts, torch.inf).amin(1),
+                torch.where(present, parts, -torch.inf).amax(1),
+                self.dispersion.mean[self._population(condition)],
+                self.response[0] * every,
+                self.response[1] * every,
+                self.spread * every,
+                total.norm(dim=-1, keepdim=True) * every,
+                lengths[0] * every,
+                lengths[1] * every,
+                agreement * every,
+            ],
+            dim=-1,
+        )
+
+    def _fit_surfaces(
+        self, asked: Condition, raw: Float[Tensor, "rows genes"], noise: Float[Tensor, "rows genes"]
+    ) -> None:
+        """Fit each surface to what its simple estimate misses of training conditions held out."""
+        itself = self._itself(asked)
+        touching = (asked.perturbation[:, None, :, None] == asked.perturbation[None, :, None]) & (
+            asked.perturbation[:, None, :, None] > 0
+        )
+        slots = (asked.perturbation > 0).sum(1)
+        carried = self._by_likeness(self.effects.exact(asked, itself), self.rows_in)
+        near = self.neighbors.weigh(self.effects, asked, touching.any((-1, -2)))[:, 0]
+        guessed = self._by_likeness(near, self.rows_in)
+        missed = Missed(raw, noise)
+        for surface, weights, some in (
+            (self.carry, carried, slots > 0),
+            (self.guess, guessed, slots == 1),
+        ):
+            rows = ((weights > 0).any(-1) & some).nonzero().flatten()
+            if len(rows):
+                here, share = self.rows_in[rows], weights[rows]
+                self._fit(surface, self._about(here, share), rows, missed.beside(rows, self.effects(share)))
+        measured = self.effects.single(asked, itself).any(-1) | (asked.perturbation == 0)
+        rows = (measured.all(-1) & (slots > 1)).nonzero().flatten()
+        if len(rows):
+            parts = self._parts(asked[rows], itself[rows], None)
+            left = missed.beside(rows, parts.sum(1))
+            self._fit(self.combine, self._about_parts(asked[rows], parts), rows, left)
+
+    def _fit(
+        self,
+        surface: Surface,
+        about: Float[Tensor, "sets genes features"],
+        rows: Int[Tensor, "sets"],
+        missed: tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes"]],
+    ) -> None:
+        # corrections are in units of the standard deviation, so that rare genes get small ones
+        target, precision = missed[0] / self.spread, missed[1] * self.spread.square()
+        live = (self.spread > 0).expand_as(target).flatten().nonzero().flatten()
+        if len(live) > EXAMPLES:
+            rng = torch.Generator().manual_seed(0)
+            live = live[torch.randperm(len(live), generator=rng)[:EXAMPLES]]
+        group = self.group[rows][:, None].expand_as(target).flatten()[live]
+        surface.fit(about.flatten(0, 1)[live], target.flatten()[live], precision.flatten()[live], group)
+
+    def _itself(self, condition: Condition) -> Bool[Tensor, "sets rows"]:
+        """Find the row of each condition itself."""
+        here = self._population(condition)[:, None] == self.rows_in
+        return condition.same_treatment(self.effects.measured) & here
+
+    def _compare_contexts(
+        self, asked: Condition, raw: Float[Tensor, "rows genes"]
+    ) -> Float[Tensor, "populations populations"]:
+        """Learn by how much effects differ between contexts whose control cells differ by so much."""
+        mean = self.dispersion.mean
+        squared = torch.cdist(mean, mean).square()
+        there = self.rows_in[:, None] != self.rows_in
+        both = (asked.same_treatment(asked) & there).nonzero().unbind(1)
+        differ = (raw[both[0]] - raw[both[1]]).square().sum(1) - self.doubt[both[0]] - self.doubt[both[1]]
+        beside = squared[self.rows_in[both[0]], self.rows_in[both[1]]]
+        slope = (differ @ beside) / beside.square().sum().clamp_min(1e-12)
+        return slope.clamp_min(0) * squared
+
+
+Without = Bool[Tensor, "sets rows"] | None
+"""Rows of measured effects that do not count for each set."""
+
+
+class Missed(NamedTuple):
+    """Measured effects and the variance of their noise."""
+
+    raw: Float[Tensor, "rows genes"]
+    noise: Float[Tensor, "rows genes"]
+
+    def beside(
+        self, rows: Int[Tensor, "sets"], estimate: Float[Tensor, "sets genes"]
+    ) -> tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes"]]:
+        """Say what estimates of some rows miss, and with which precision."""
+        noise = self.noise[rows]
+        live = noise[noise > 0]
+        return self.raw[rows] - estimate, 1 / (noise + (live.median() if len(live) else 1.0))
+
+
+def _noise_by_halves(train: Screen, genes: Float[np.ndarray, "genes"]) -> float:
+    """Find the share of the noise with which halves of conditions predict the other halves best."""
+    draw, means = np.random.default_rng(0), train.means()
+    labels = [label for label in train.conditions if len(train.rows[label]) > 1]
+    if not labels:
+        return 1.0
+    errors = np.zeros(len(SHARES))
+    for _ in range(HALVINGS):
+        first, second, rows = [], [], []
+        for label in labels:
+            control = means.get(label.control(), 0.0)
+            cells = draw.permutation(train.cells_of(label))
+            middle = len(cells) // 2
+            first.append(cells[:middle].mean(axis=0, dtype=np.float64) - control)
+            second.append(cells[middle:].mean(axis=0, dtype=np.float64) - control)
+            rows.append(1 / middle)
+        known, wanted = np.array(first), np.array(second)
+        for i, share in enumerate(SHARES):
+            errors[i] += np.square(denoise(known, share * np.array(rows), genes) - wanted).sum()
+    return SHARES[int(errors.argmin())]
+
+
+def default() -> Recipe:
+    """Fitted in seconds; nothing is trained by gradients."""
+    return Recipe(model=Config())

@@ -1,0 +1,197 @@
+"""ripple: cells of the nearest measured populations, moved as counts to where a response surface says.
+
+It makes nothing from noise. What a population looks like is known from those that were measured; what must be
+predicted is where its genes go. See docs/models/ripple.md.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from knockon.baseline import MeanModel
+from knockon.data.graph import one_count
+from knockon.dynamics.recount import move
+from knockon.model import Losses, Model, ModelConfig, Recipe
+from knockon.models import additive, response_surface, shrunken_additive
+from knockon.nn.counts import single_counts
+from knockon.nn.donors import Donors
+from knockon.types import CellSets, Condition, Noise, Spec, UserError
+
+if TYPE_CHECKING:
+    from knockon.data.screen import Screen
+
+FEWEST = 32
+"""Cells of a population that are moved together at least, since together they have the wanted mean."""
+DISPERSION = (0.05, 10.0)
+"""Bounds of a gene's dispersion."""
+CLOSE = 1e-9
+"""Squared distance at which a population is the wanted one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    """Where cells start, and where they go."""
+
+    at_generation: ClassVar[tuple[str, ...]] = ("populations", "still")
+
+    anchor: Literal["response_surface", "additive", "shrunken_additive"] = "response_surface"
+    """Which estimate of the mean cells are moved to."""
+    populations: int = 4
+    """Measured populations of the context that cells come from: those whose means are nearest to the wanted
+    one, the nearer the more cells. 0 starts from control cells."""
+    kept: int = 128
+    """Cells of each measured population that the model keeps, at most."""
+    still: float = 0.3
+    """Change of a gene's rate, in natural logarithm, up to which values are scaled; beyond, counts are drawn
+    anew."""
+
+    def build(self, spec: Spec) -> "Ripple":
+        """Make the model.
+
+        Raises
+        ------
+        UserError
+            If it would keep no cells.
+        """
+        if self.kept < 1:
+            raise UserError("kept of ripple", offenders=[self.kept], expected="at least 1")
+        return Ripple(self, spec)
+
+
+def default() -> Recipe:
+    """Fitted in seconds, for screens of any size; nothing is trained by gradients."""
+    return Recipe(model=Config())
+
+
+class Ripple(Model):
+    """Moves real cells; those of a set have the predicted mean together, so they depend on each other."""
+
+    units = "log1p"
+
+    mean: Float[Tensor, "populations genes"]
+    """Mean of each measured population, log1p."""
+    context: Int[Tensor, "populations covs"]
+    dispersion: Float[Tensor, "genes"]
+    """The variance of a count within a population is ``mean + dispersion * mean**2``."""
+    one_count: Float[Tensor, ""]
+    """Value of a single count in a typical training cell, log1p."""
+    expected: Float[Tensor, "conditions genes"]
+    """Mean that each training condition is predicted to have by the others; needed in training only."""
+
+    def __init__(self, config: Config, spec: Spec) -> None:
+        super().__init__(spec)
+        self.config = config
+        genes = len(spec.genes)
+        self.anchor = _anchor(config, spec)
+        self.donors = Donors(genes)
+        self.register_buffer("mean", torch.zeros(0, genes))
+        self.register_buffer("context", torch.zeros(0, len(spec.covariates), dtype=torch.long))
+        self.register_buffer("dispersion", torch.ones(genes))
+        self.register_buffer("one_count", torch.ones(()))
+
+    def fit_statistics(self, train: "Screen") -> None:
+        """Fit the anchor, and keep cells of every population, control cells among them."""
+        self.anchor.fit_statistics(train)
+        labels = (*train.conditions, *train.controls)
+        means, device = train.means(), self.mean.device
+        self.mean = torch.from_numpy(np.stack([means[x] for x in labels]).astype(np.float32)).to(device)
+        self.context = self.spec.encode(labels).covariates.to(device)
+        draw = np.random.default_rng(0)
+        rows = [train.rows[label] for label in labels]
+        most = self.config.kept
+        some = [np.sort(draw.choice(r, most, replace=False)) if len(r) > most else r for r in rows]
+        self.donors.fit(train.gather(chosen) for chosen in some)
+        self.one_count.fill_(one_count(train.matrix, np.concatenate(rows)))
+        self.dispersion = self._disperse()
+
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """As the anchor does; control cells need nothing."""
+        return self.anchor.knows(condition) | (condition.perturbation == 0).all(1)
+
+    def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
+        """Squared error of the mean, for reports: there is no parameter to learn."""
+        return self.anchor.loss(batch, rng)
+
+    def sample(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Draw cells of the nearest populations and move them to the anchor; control cells set their number.
+
+        Where nothing was done, the control cells come back.
+        """
+        mean = self.anchor.mean(condition)
+        weights = self._nearest(mean, condition)
+        sources = noise.generators if len(noise.generators) > 1 else noise.generators * len(condition)
+        treated = (condition.perturbation > 0).any(1).tolist()
+        made = [
+            self._draw(control[i], mean[i], weights[i], rng) if treated[i] else control[i]
+            for i, rng in enumerate(sources)
+        ]
+        return torch.stack(made)
+
+    def _nearest(
+        self, mean: Float[Tensor, "sets genes"], condition: Condition
+    ) -> Float[Tensor, "sets populations"]:
+        """Share of the cells that come from each population, of the context where it has any."""
+        squared = torch.cdist(mean, self.mean).square().clamp_min(CLOSE)
+        here = (self.context == condition.covariates[:, None]).all(-1)
+        squared = torch.where(here | ~here.any(1, keepdim=True), squared, torch.inf)
+        number = min(self.config.populations, squared.shape[1])
+        nearest, places = squared.topk(number, largest=False)
+        weights = torch.zeros_like(squared).scatter_(1, places, 1 / nearest)
+        return weights / weights.sum(1, keepdim=True).clamp_min(CLOSE)
+
+    def _draw(
+        self,
+        control: Float[Tensor, "cells genes"],
+        mean: Float[Tensor, "genes"],
+        weights: Float[Tensor, "populations"],
+        rng: torch.Generator,
+    ) -> Float[Tensor, "cells genes"]:
+        """Make one set."""
+        cells = len(control)
+        order = torch.randperm(cells, generator=rng, device=rng.device).to(control.device)
+        if not weights.any():
+            return self._move(control, mean, rng)[order]
+        ends = (weights.cumsum(0) / weights.sum() * cells).round().long().tolist()
+        made = []
+        for population, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if end > begin:
+                started = self.donors.draw(population, max(end - begin, FEWEST), rng).to(control.dtype)
+                made.append(self._move(started, mean, rng)[: end - begin])
+        return torch.cat(made)[order]
+
+    def _move(
+        self, cells: Float[Tensor, "cells genes"], mean: Float[Tensor, "genes"], rng: torch.Generator
+    ) -> Float[Tensor, "cells genes"]:
+        unit = single_counts(cells[None], self.one_count)[0].expm1()
+        return move(
+            cells, mean, unit=unit, dispersion=self.dispersion, still=self.config.still, noise=Noise(rng)
+        )
+
+    def _disperse(self) -> Float[Tensor, "genes"]:
+        """Estimate dispersions by the method of moments, from the kept cells of all populations together."""
+        excess = squares = torch.zeros(len(self.spec.genes), dtype=torch.float64)
+        for population in range(len(self.donors)):
+            cells = self.donors.cells_of(population)
+            if len(cells) < 2:
+                continue
+            unit = single_counts(cells[None], self.one_count)[0].expm1().double()
+            size = cells.double().expm1()
+            poisson = (size * unit).mean(0)
+            excess = excess + len(cells) * (size.var(0) - poisson).cpu()
+            squares = squares + len(cells) * size.mean(0).square().cpu()
+        found = excess / squares.clamp_min(CLOSE)
+        return found.clamp(*DISPERSION).float().to(self.dispersion.device)
+
+
+def _anchor(config: Config, spec: Spec) -> MeanModel:
+    if config.anchor == "additive":
+        return additive.Config(missing="mean").build(spec)
+    if config.anchor == "shrunken_additive":
+        return shrunken_additive.Config(missing="mean").build(spec)
+    return response_surface.Config().build(spec)

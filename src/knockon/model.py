@@ -86,6 +86,15 @@ class Model(nn.Module, ABC):
         A set's cells may depend on each other only if the model says so; sets never do.
         """
 
+    def choose(self, validation: Sequence[CellSets], seed: int) -> None:
+        """Choose, after training, what is left to choose by measured cells of validation conditions.
+
+        Parameters
+        ----------
+        validation
+            One set each: control cells to start from, and measured cells beside them, which may be more.
+        """
+
     def embed(self, cells: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells dim"]:
         """Place cells in the model's latent space, where it has one.
 

@@ -129,6 +129,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
         network.take(train(stage, screen, split, out=folder / STAGE_ONE, options=options).model)
     began = time.monotonic()
     steps = _optimize(network, prepared, split, folder=folder, training=recipe.train, options=options)
+    validate.choose(network, prepared, split.validation, recipe.train.seed)
     record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
     record = save_run(folder, network, record)
     return Run(folder=folder, model=network.eval(), record=record, split=split, screen=prepared)

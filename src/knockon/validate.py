@@ -8,13 +8,15 @@ import torch
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.dynamics.discrepancy import energy_distance
-from knockon.model import Model, Training
+from knockon.model import Model, Training, device_of
 from knockon.nn.counts import log1p_cp10k
 from knockon.predict import draw
-from knockon.types import Label, Spec
+from knockon.types import CellSets, Label, Spec
 
 CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
+CELLS = 128
+"""Cells of a condition that a choice looks at, at most."""
 BATCHES = 8
 """Batches that a validation by the loss takes."""
 
@@ -34,6 +36,20 @@ def score_by(
         device=device, by_cells=training.by_cells,
     )  # fmt: skip
     return lambda model: _loss_on(model, sampler, torch.Generator(device).manual_seed(training.seed))
+
+
+@torch.no_grad()
+def choose(model: Model, screen: Screen, labels: tuple[Label, ...], seed: int) -> None:
+    """Let a trained model choose what it has left to choose, by cells of validation conditions."""
+    rng, device = np.random.default_rng(seed), device_of(model)
+    sets = []
+    for label in [label for label in labels if len(screen.rows[label]) > 1][:CONDITIONS]:
+        target = rng.permutation(screen.rows[label])[:CELLS]
+        control = rng.choice(screen.control_rows(label), len(target))
+        both = (torch.from_numpy(screen.gather(rows))[None].to(device) for rows in (control, target))
+        condition = model.spec.encode([label]).to(device)
+        sets.append(CellSets(control=next(both), target=next(both), condition=condition))
+    model.eval().choose(sets, seed)
 
 
 def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:

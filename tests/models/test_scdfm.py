@@ -22,7 +22,7 @@ def build(spec: Spec = SPEC, **switches: object) -> scdfm.SCDFM:
     rng = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = replace(SMALL, **{"width": 16, "anchored_base": False} | switches).build(spec)
+        model = replace(SMALL, **{"width": 16, "anchored_base": False, "pulled": False} | switches).build(spec)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     return model
@@ -185,7 +185,7 @@ def test_every_switch_trains_and_generates(rng, make_screen, switches):
 
 
 def test_closed_gates_leave_the_gaussian_velocity(rng):
-    model = replace(SMALL, anchored_base=False).build(SPEC)
+    model = replace(SMALL, anchored_base=False, pulled=False).build(SPEC)
     model.data_moments[:] = torch.rand(2, GENES, generator=rng)
     x, control = torch.randn(2, 4, GENES, generator=rng)
     still = replace(model.config, gaussian_base=False).build(SPEC)
@@ -196,7 +196,7 @@ def test_closed_gates_leave_the_gaussian_velocity(rng):
 def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
     mean, std = torch.rand(GENES, generator=rng) + 4, torch.rand(GENES, generator=rng) + 0.1
     cells = (mean + std * torch.randn(1000, GENES, generator=rng)).numpy()
-    model = replace(SMALL, anchored_base=False, whole_counts=False, points=12).build(SPEC)
+    model = replace(SMALL, anchored_base=False, pulled=False, whole_counts=False, points=12).build(SPEC)
     model.fit_statistics(make_screen({Label(): cells[:10], Label.of(["g1"]): cells}, SPEC.genes))
     drawn = model.sample(torch.zeros(1, 400, GENES), CONDITION[:1], Noise(rng))[0]
     torch.testing.assert_close(drawn.mean(0), torch.from_numpy(cells.mean(0)), rtol=0, atol=0.2)

@@ -18,8 +18,8 @@ from torch.nn import functional
 from knockon.data.graph import one_count
 from knockon.dynamics import diffusion
 from knockon.dynamics.discrepancy import energy_distance
-from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training
-from knockon.models import additive
+from knockon.model import Losses, ModelConfig, Names, Recipe, Training
+from knockon.models._pulled import PulledModel
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
 from knockon.nn.counts import single_counts, soften, whole_counts
@@ -52,8 +52,11 @@ class Config(Architecture, ModelConfig):
     """The network adds to the control cell beside each cell, so that it begins at no effect (not in the
     paper)."""
     anchored: bool = True
-    """With ``residual``, and where training has combinations, control cells are first moved by the sum of
-    single effects; the network then begins there (not in the paper)."""
+    """With ``residual``, the cells of ripple stand in the place of control cells, in training as if their
+    condition had not been measured; the network then begins there (not in the paper)."""
+    pulled: bool = True
+    """In the end, cells are moved towards the mean that ripple expects, by a weight that is chosen on
+    validation conditions (not in the paper)."""
     scale: float = 10.0
     """log1p values are divided by it."""
     steps: int = 1000
@@ -146,6 +149,7 @@ def paper() -> Recipe:
             condition_through_genes=True,
             residual=False,
             anchored=False,
+            pulled=False,
             condition_dropout=0.5,
             dropout_per="batch",
             unbiased_energy=False,
@@ -182,20 +186,19 @@ def small() -> Recipe:
     )
 
 
-class PerturbDiff(Model):
+class PerturbDiff(PulledModel):
     """Diffusion whose datum is a set: the cells of a set depend on each other, sets never do."""
 
     units = "log1p"
 
     bars: Float[Tensor, "steps_and_one"]
     """Share of signal at each step; the last entry stands for clean data."""
-    combines: Bool[Tensor, ""]
-    """Whether a training condition has several perturbations."""
     one_count: Float[Tensor, ""]
     """Value of a single count in a typical training cell, log1p."""
 
     def __init__(self, config: Config, spec: Spec) -> None:
-        super().__init__(spec)
+        wanted = not config.marginal and config.residual
+        super().__init__(spec, anchored=wanted and config.anchored, pulled=wanted and config.pulled)
         self.config = config
         width = len(spec.genes) if config.condition_through_genes else config.width
         self.conditions = BranchEncoder(spec, config.branch, width)
@@ -204,22 +207,17 @@ class PerturbDiff(Model):
         nn.init.zeros_(self.condition.bias)
         self.hidden = nn.Parameter(torch.randn(config.width))
         self.network = JointTransformer(len(spec.genes), config)
-        self.anchor = None
         if config.residual:
             nn.init.zeros_(self.network.head.weight)
-            if config.anchored and not config.marginal and spec.slots > 1:
-                self.anchor = additive.Config(missing="mean", exact=False).build(spec)
         self.register_buffer("bars", diffusion.alpha_bars(config.schedule, config.steps), persistent=False)
-        self.register_buffer("combines", torch.tensor(data=False))
         self.register_buffer("one_count", torch.ones(()))
 
     def fit_statistics(self, train: "Screen") -> None:
         """Note which perturbations and contexts training will have seen, and the value of a count."""
         learned = train.labels if self.learns_controls else train.conditions
         self.conditions.fit(self.spec.encode(learned))
-        if self.anchor is not None:
-            self.anchor.fit_statistics(train)
-            self.combines.fill_(any(len(label.perturbations) > 1 for label in train.conditions))
+        if self.ripple is not None:
+            self.ripple.fit_statistics(train)
         self.one_count.fill_(one_count(train.matrix, np.concatenate(list(train.rows.values()))))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
@@ -245,10 +243,10 @@ class PerturbDiff(Model):
         """Estimate each set from its noised self at a random step."""
         batch = batch.trimmed() if self.config.masked else replace(batch, real=None)
         clean = batch.target / self.config.scale
-        control = self.beside(batch.control, batch.condition, Noise(rng))
         steps = torch.randint(self.config.steps, (len(clean),), generator=rng, device=clean.device)
         noise = torch.randn(clean.shape, generator=rng, device=clean.device, dtype=clean.dtype)
         hidden = self._hide(len(clean), rng)
+        control = self.beside(batch.control, batch.condition, Noise(rng))
         x = diffusion.noised(clean, noise, self.bars[steps])
         estimate = self.denoise(x, control, self.encode(batch.condition), steps, hidden, batch.real)
         return self.objective(estimate, clean, batch.real)
@@ -276,9 +274,10 @@ class PerturbDiff(Model):
     def beside(
         self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
-        """Control cells as they stand beside cells: moved by single effects, in the network's scale."""
-        if self.anchor is not None:
-            control = torch.where(self.combines, self.anchor.sample(control, condition, noise), control)
+        """Cells as they stand beside cells, in the network's scale: control cells, or those of ripple."""
+        if self.config.anchored and self.ripple is not None:
+            start = self.ripple.held_out if self.training else self.ripple.sample
+            control = start(control, condition, noise)
         return control / self.config.scale
 
     def encode(self, condition: Condition) -> Float[Tensor, "sets 1 dim"]:
@@ -328,7 +327,7 @@ class PerturbDiff(Model):
         """Encode steps."""
         return self.network.time(steps.to(like.dtype))[:, None]
 
-    def sample(
+    def make(
         self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Denoise sets of ``set_size`` cells, which are parts of the sets that are asked for."""

@@ -14,7 +14,7 @@ from knockon.data.screen import Screen
 from knockon.dynamics.shrinkage import denoise
 from knockon.model import ModelConfig, Recipe
 from knockon.models._embedding import Neighbors
-from knockon.nn.surface import FOLDS, Surface
+from knockon.nn.surface import Surface
 from knockon.types import Condition, Spec
 
 EXAMPLES = 400_000
@@ -66,13 +66,14 @@ class ResponseSurface(MeanModel):
        their vectors;
     3. *combined*: several perturbations; the sum over them, each measured, carried or guessed.
 
-    Every surface learns from training conditions as if they had not been measured, and is left out where
-    it does not predict conditions better that it was not fitted to. Effects are denoised.
+    Every surface learns from training conditions as if they had not been measured, and is zero where
+    it does not better predict treatments that it was not fitted to. In a context of which training has no
+    effect at all, only a surface corrects that was found to predict contexts that it was not fitted to.
+    Effects are denoised.
     """
 
-    group: Int[Tensor, "rows"]
-    """Measured effects of one group (a treatment, or where there are few of them a context) are predicted
-    together, without each other."""
+    treatment: Int[Tensor, "rows"]
+    """Number of the treatment of each measured effect, the same in all contexts."""
     rows_in: Int[Tensor, "rows"]
     """Population of the control cells that each measured effect refers to."""
     apart: Float[Tensor, "populations populations"]
@@ -91,9 +92,10 @@ class ResponseSurface(MeanModel):
         self.neighbors = Neighbors(spec, config.neighbors, config.temperature, config.components)
         shape = {"cosines": config.cosines, "width": config.width}
         self.carry = Surface(9, **shape)
+        self.venture = Surface(9, **shape)
         self.guess = Surface(9, **shape)
         self.combine = Surface(12, **shape)
-        self.register_buffer("group", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("treatment", torch.zeros(0, dtype=torch.long))
         self.register_buffer("rows_in", torch.zeros(0, dtype=torch.long))
         self.register_buffer("apart", torch.zeros(0, 0))
         self.register_buffer("doubt", torch.zeros(0))
@@ -106,9 +108,7 @@ class ResponseSurface(MeanModel):
         self.neighbors.fit(train)
         raw, asked = self.effects.effect, self.effects.measured
         self.rows_in = self._population(asked)
-        treatments = asked.same_treatment(asked).int().argmax(1)
-        groups = treatments if len(treatments.unique()) >= FOLDS else self.rows_in
-        self.group = groups.unique(return_inverse=True)[1]
+        self.treatment = asked.same_treatment(asked).int().argmax(1).unique(return_inverse=True)[1]
         # the noise of control cells, which all effects share, cancels in the mean of a single
         rows = 1 / np.array([len(train.rows[label]) for label in train.conditions])
         variances = [np.square(moments(train.matrix, train.rows[label])[1]) for label in train.rows]
@@ -131,11 +131,15 @@ class ResponseSurface(MeanModel):
         return self._respond(condition, None)
 
     def held_out(self, condition: Condition) -> Float[Tensor, "sets genes"]:
-        """Predict the mean of each condition, log1p, as if it had not been measured.
+        """Predict the mean of each condition of training, log1p, as if it had not been measured.
 
-        For conditions of training: by all other conditions, and by surfaces that it was no example of.
+        By all other conditions, and by surfaces that it was no example of; a model that starts there learns
+        what it will have to add. Where training has combinations, these are what is asked for, and singles
+        are predicted as they were measured.
         """
-        without = self._itself(condition)
+        combined = (self.effects.perturbation > 0).sum(-1) > 1
+        alone = (condition.perturbation > 0).sum(-1, keepdim=True) < 2
+        without = self.rows_of(condition) & ~(alone & combined.any())
         base = self.dispersion.mean[self._population(condition)]
         known = self._knows(condition, without)[:, None]
         return (base + torch.where(known, self._respond(condition, without), 0)).clamp_min(0)
@@ -151,17 +155,17 @@ class ResponseSurface(MeanModel):
         return exact | (single | near | (condition.perturbation == 0)).all(-1)
 
     def _respond(self, condition: Condition, without: "Without") -> Float[Tensor, "sets genes"]:
-        fold = None if without is None else self.group[without.int().argmax(1)]
+        fold = None if without is None else self.treatment[without.int().argmax(1)]
         weights = self.effects.exact(condition, without)
         whole = self._estimate(condition, weights, self.carry, fold)
         if (weights > 0).any(-1).all():
             return whole
         parts = self._parts(condition, without, fold)
         combined = parts.sum(1)
-        several = (condition.perturbation > 0).sum(-1) > 1
+        several = ((condition.perturbation > 0).sum(-1) > 1) & self._familiar(condition)
         if several.any() and self.config.curved:
             correction = self.combine(self._about_parts(condition, parts), fold)
-            combined = combined + torch.where(several[:, None], self.spread * correction, 0)
+            combined = combined + torch.where(several[:, None], self._live(correction), 0)
         return torch.where((weights > 0).any(-1, keepdim=True), whole, combined)
 
     def _parts(
@@ -197,8 +201,14 @@ class ResponseSurface(MeanModel):
         corrected = (weights > 0).any(-1) if always else there.any(-1)
         if not (self.config.curved and corrected.any()):
             return plain
-        correction = surface(self._about(here, weights), fold)
-        return plain + torch.where(corrected[:, None], self.spread * correction, 0)
+        about = self._about(here, weights)
+        strange = torch.zeros_like(plain) if always else self.venture(about)
+        correction = torch.where(self._familiar(condition)[:, None], surface(about, fold), strange)
+        return plain + torch.where(corrected[:, None], self._live(correction), 0)
+
+    def _familiar(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Whether training has effects in the context of each condition."""
+        return (self._population(condition)[:, None] == self.rows_in).any(-1)
 
     def _by_likeness(
         self, weights: Float[Tensor, "sets rows"], here: Int[Tensor, "sets"]
@@ -264,7 +274,7 @@ class ResponseSurface(MeanModel):
         self, asked: Condition, raw: Float[Tensor, "rows genes"], noise: Float[Tensor, "rows genes"]
     ) -> None:
         """Fit each surface to what its simple estimate misses of training conditions held out."""
-        itself = self._itself(asked)
+        itself = self.rows_of(asked)
         touching = (asked.perturbation[:, None, :, None] == asked.perturbation[None, :, None]) & (
             asked.perturbation[:, None, :, None] > 0
         )
@@ -273,38 +283,43 @@ class ResponseSurface(MeanModel):
         near = self.neighbors.weigh(self.effects, asked, touching.any((-1, -2)))[:, 0]
         guessed = self._by_likeness(near, self.rows_in)
         missed = Missed(raw, noise)
-        for surface, weights, some in (
-            (self.carry, carried, slots > 0),
-            (self.guess, guessed, slots == 1),
+        for surface, weights, some, group in (
+            (self.carry, carried, slots > 0, self.treatment),
+            (self.venture, carried, slots > 0, self.rows_in),
+            (self.guess, guessed, slots == 1, self.treatment),
         ):
             rows = ((weights > 0).any(-1) & some).nonzero().flatten()
             if len(rows):
                 here, share = self.rows_in[rows], weights[rows]
-                self._fit(surface, self._about(here, share), rows, missed.beside(rows, self.effects(share)))
+                left = missed.beside(rows, self.effects(share))
+                self._fit(surface, self._about(here, share), left, group[rows])
         measured = self.effects.single(asked, itself).any(-1) | (asked.perturbation == 0)
         rows = (measured.all(-1) & (slots > 1)).nonzero().flatten()
         if len(rows):
             parts = self._parts(asked[rows], itself[rows], None)
             left = missed.beside(rows, parts.sum(1))
-            self._fit(self.combine, self._about_parts(asked[rows], parts), rows, left)
+            self._fit(self.combine, self._about_parts(asked[rows], parts), left, self.treatment[rows])
 
     def _fit(
         self,
         surface: Surface,
         about: Float[Tensor, "sets genes features"],
-        rows: Int[Tensor, "sets"],
         missed: tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes"]],
+        group: Int[Tensor, "sets"],
     ) -> None:
-        # corrections are in units of the standard deviation, so that rare genes get small ones
-        target, precision = missed[0] / self.spread, missed[1] * self.spread.square()
+        target, precision = missed
         live = (self.spread > 0).expand_as(target).flatten().nonzero().flatten()
         if len(live) > EXAMPLES:
             rng = torch.Generator().manual_seed(0)
             live = live[torch.randperm(len(live), generator=rng)[:EXAMPLES]]
-        group = self.group[rows][:, None].expand_as(target).flatten()[live]
+        group = group[:, None].expand_as(target).flatten()[live]
         surface.fit(about.flatten(0, 1)[live], target.flatten()[live], precision.flatten()[live], group)
 
-    def _itself(self, condition: Condition) -> Bool[Tensor, "sets rows"]:
+    def _live(self, correction: Float[Tensor, "sets genes"]) -> Float[Tensor, "sets genes"]:
+        """Leave genes alone that no cell has."""
+        return torch.where(self.spread > 0, correction, 0)
+
+    def rows_of(self, condition: Condition) -> Bool[Tensor, "sets rows"]:
         """Find the row of each condition itself."""
         here = self._population(condition)[:, None] == self.rows_in
         return condition.same_treatment(self.effects.measured) & here

@@ -79,8 +79,6 @@ class Ripple(Model):
     """The variance of a count within a population is ``mean + dispersion * mean**2``."""
     one_count: Float[Tensor, ""]
     """Value of a single count in a typical training cell, log1p."""
-    expected: Float[Tensor, "conditions genes"]
-    """Mean that each training condition is predicted to have by the others; needed in training only."""
 
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__(spec)
@@ -123,8 +121,60 @@ class Ripple(Model):
 
         Where nothing was done, the control cells come back.
         """
+        return self._start(control, condition, noise, self.anchor.mean(condition), None)
+
+    def held_out(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Draw cells of training conditions as if they had not been measured, for a model to learn from.
+
+        Needs the anchor ``response_surface``.
+        """
+        mean = self.expect(condition, held_out=True)
+        assert isinstance(self.anchor, response_surface.ResponseSurface)
+        itself = self.anchor.rows_of(condition)
+        controls = itself.new_zeros(len(itself), len(self.donors) - itself.shape[1])
+        return self._start(control, condition, noise, mean, torch.cat([itself, controls], dim=1))
+
+    def expect(self, condition: Condition, *, held_out: bool = False) -> Float[Tensor, "sets genes"]:
+        """Predict means, log1p; with ``held_out``, as if training conditions had not been measured."""
+        if not held_out:
+            return self.anchor.mean(condition)
+        assert isinstance(self.anchor, response_surface.ResponseSurface)
+        return self.anchor.held_out(condition)
+
+    def pull(
+        self, cells: Float[Tensor, "sets cells genes"], condition: Condition, weight: float, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Move cells that another model made from their own mean towards the anchor's, as counts.
+
+        Parameters
+        ----------
+        weight
+            Between 0, which leaves them as they are, and 1.
+        """
+        if not weight:
+            return cells
         mean = self.anchor.mean(condition)
-        weights = self._nearest(mean, condition)
+        treated = (condition.perturbation > 0).any(1).tolist()
+        sources = noise.generators if len(noise.generators) > 1 else noise.generators * len(condition)
+        moved = [
+            self._move(cells[i], torch.lerp(cells[i].mean(0), mean[i], weight), rng)
+            if treated[i]
+            else cells[i]
+            for i, rng in enumerate(sources)
+        ]
+        return torch.stack(moved)
+
+    def _start(
+        self,
+        control: Float[Tensor, "sets cells genes"],
+        condition: Condition,
+        noise: Noise,
+        mean: Float[Tensor, "sets genes"],
+        without: Bool[Tensor, "sets populations"] | None,
+    ) -> Float[Tensor, "sets cells genes"]:
+        weights = self._nearest(mean, condition, without)
         sources = noise.generators if len(noise.generators) > 1 else noise.generators * len(condition)
         treated = (condition.perturbation > 0).any(1).tolist()
         made = [
@@ -134,11 +184,16 @@ class Ripple(Model):
         return torch.stack(made)
 
     def _nearest(
-        self, mean: Float[Tensor, "sets genes"], condition: Condition
+        self,
+        mean: Float[Tensor, "sets genes"],
+        condition: Condition,
+        without: Bool[Tensor, "sets populations"] | None,
     ) -> Float[Tensor, "sets populations"]:
         """Share of the cells that come from each population, of the context where it has any."""
         squared = torch.cdist(mean, self.mean).square().clamp_min(CLOSE)
         here = (self.context == condition.covariates[:, None]).all(-1)
+        if without is not None:
+            squared = squared.masked_fill(without, torch.inf)
         squared = torch.where(here | ~here.any(1, keepdim=True), squared, torch.inf)
         number = min(self.config.populations, squared.shape[1])
         nearest, places = squared.topk(number, largest=False)

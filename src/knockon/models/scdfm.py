@@ -16,8 +16,8 @@ from torch.nn import functional
 from knockon.data import graph
 from knockon.data.values import Matrix
 from knockon.dynamics import discrepancy, flow, solve
-from knockon.model import Losses, Model, ModelConfig, Recipe, Training
-from knockon.models import additive
+from knockon.model import Losses, ModelConfig, Recipe, Training
+from knockon.models._pulled import PulledModel
 from knockon.models._released_scdfm import from_released
 from knockon.nn.counts import whole_counts
 from knockon.nn.pad import Architecture, Known, PADTransformer
@@ -45,8 +45,11 @@ class Config(Architecture, ModelConfig):
     """The network adds to the best velocity between Gaussians of each gene's mean and variance in
     training cells, so that it need not learn these (not in the paper)."""
     anchored_base: bool = True
-    """The mean of that Gaussian is the one that adding single effects predicts for the condition, so that
-    the network learns the shape of populations and what is not additive (not in the paper)."""
+    """The mean of that Gaussian is the one that ripple expects, in training as if the condition had not been
+    measured, so that the network learns the shape of populations and what is missing (not in the paper)."""
+    pulled: bool = True
+    """In the end, cells are moved towards the mean that ripple expects, by a weight that is chosen on
+    validation conditions (not in the paper)."""
     mmd: float = 0.5
     """Weight of the maximum mean discrepancy; 0 is the paper's ablation."""
     genes_per_step: int = 1000
@@ -121,6 +124,7 @@ def paper() -> Recipe:
             source="gaussian",
             gaussian_base=False,
             anchored_base=False,
+            pulled=False,
             mmd=0.5,
             genes_per_step=1000,
             graph_neighbors=30,
@@ -145,7 +149,7 @@ def small() -> Recipe:
     )
 
 
-class SCDFM(Model):
+class SCDFM(PulledModel):
     """Flow matching over gene tokens; the cells of a set do not depend on each other."""
 
     units = "log1p"
@@ -158,7 +162,7 @@ class SCDFM(Model):
     generated: Int[Tensor, "generated"]
 
     def __init__(self, config: Config, spec: Spec) -> None:
-        super().__init__(spec)
+        super().__init__(spec, anchored=config.gaussian_base and config.anchored_base, pulled=config.pulled)
         self.config = config
         self.network = PADTransformer(spec, config)
         genes = len(spec.genes)
@@ -167,9 +171,6 @@ class SCDFM(Model):
         self.register_buffer("data_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
         self.register_buffer("one_count", torch.ones(()))
         self.register_buffer("generated", torch.arange(genes))
-        self.anchor = None
-        if config.gaussian_base and config.anchored_base:
-            self.anchor = additive.Config(missing="mean", exact=False).build(spec)
 
     def fit_statistics(self, train: "Screen") -> None:
         """Note the perturbations and the value of a count; fit moments and the graph of genes."""
@@ -182,8 +183,8 @@ class SCDFM(Model):
         self.data_moments.copy_(_moments(matrix, treated))
         if config.source == "poisson":
             self.source_moments.copy_(_moments(matrix, controls))
-        if self.anchor is not None:
-            self.anchor.fit_statistics(train)
+        if self.ripple is not None:
+            self.ripple.fit_statistics(train)
         if config.skip_constant:
             self.generated = _moments(matrix, every)[1].nonzero().flatten().to(self.generated.device)
         if config.gene_graph:
@@ -255,10 +256,10 @@ class SCDFM(Model):
 
     def mean(self, condition: Condition) -> Float[Tensor, "sets genes"]:
         """Mean of the Gaussian that paths are expected to end in."""
-        if self.anchor is None:
+        if self.ripple is None:
             return self.data_moments[0].expand(len(condition), -1)
         with torch.autocast(self.one_count.device.type, enabled=False):
-            return self.anchor.mean(condition)
+            return self.ripple.expect(condition, held_out=self.training)
 
     def start(
         self, control: Float[Tensor, "sets cells genes"], noise: Noise
@@ -270,7 +271,7 @@ class SCDFM(Model):
         rates = rates * (self.config.poisson_total / rates.sum(-1, keepdim=True).clamp_min(1e-8))
         return noise.poisson(rates).log1p()
 
-    def sample(
+    def make(
         self,
         control: Float[Tensor, "sets cells genes"],
         condition: Condition,
@@ -280,7 +281,7 @@ class SCDFM(Model):
         several = len(noise.generators) > 1
         if several and self.config.dropout_in_generation:  # dropout is of each set's own generator, too
             parts = zip(control.split(1), range(len(condition)), noise.generators, strict=True)
-            return torch.cat([self.sample(x, condition[i : i + 1], Noise(rng)) for x, i, rng in parts])
+            return torch.cat([self.make(x, condition[i : i + 1], Noise(rng)) for x, i, rng in parts])
         genes, cells = self.generated, control.shape[1]
         starts = self.start(control[..., genes], noise).flatten(0, 1)
         shown = control[..., genes].flatten(0, 1)

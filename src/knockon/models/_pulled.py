@@ -1,0 +1,72 @@
+"""Models whose cells are moved towards the mean of ripple in the end."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from knockon.dynamics.discrepancy import energy_distance
+from knockon.model import Model
+from knockon.models.ripple import Config
+from knockon.types import CellSets, Condition, Noise, Spec
+
+WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Weights of the mean of ripple that are tried."""
+
+
+class PulledModel(Model):
+    """Makes cells, and moves them towards where ripple expects their mean, as counts.
+
+    The weight of that mean, against the one of the cells that were made, is chosen on validation conditions;
+    without any it is 1.
+
+    Parameters
+    ----------
+    anchored
+        Whether the model needs ripple for more than that.
+    pulled
+        Whether cells are moved at all.
+    """
+
+    weight: Float[Tensor, ""]
+
+    def __init__(self, spec: Spec, *, anchored: bool, pulled: bool) -> None:
+        super().__init__(spec)
+        self.pulled = pulled
+        self.ripple = Config().build(spec) if anchored or pulled else None
+        self.register_buffer("weight", torch.ones(()))
+
+    @abstractmethod
+    def make(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Make one cell under the condition for each control cell."""
+
+    @final
+    def sample(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Make cells and move them."""
+        made = self.make(control, condition, noise)
+        if self.ripple is None or not self.pulled:
+            return made
+        return self.ripple.pull(made, condition, float(self.weight), noise)
+
+    @final
+    def choose(self, validation: Sequence[CellSets], seed: int) -> None:
+        """Choose the weight that brings cells nearest to measured ones, by energy distance."""
+        if self.ripple is None or not (self.pulled and validation):
+            return
+        noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
+        made = [self.make(one.control, one.condition, noise) for one in validation]
+        errors = []
+        for weight in WEIGHTS:
+            noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
+            pairs = zip(made, validation, strict=True)
+            moved = [self.ripple.pull(cells, one.condition, weight, noise) for cells, one in pairs]
+            distances = [energy_distance(x, one.target) for x, one in zip(moved, validation, strict=True)]
+            errors.append(float(torch.cat(distances).mean()))
+        self.weight.fill_(WEIGHTS[errors.index(min(errors))])

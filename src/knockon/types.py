@@ -211,6 +211,10 @@ class Noise:
     def __init__(self, *generators: torch.Generator) -> None:
         self.generators = generators
 
+    def each(self, sets: int) -> tuple[torch.Generator, ...]:
+        """Name the generator of each set."""
+        return self.generators if len(self.generators) > 1 else self.generators * sets
+
     def normal(self, like: Float[Tensor, "sets *shape"]) -> Float[Tensor, "sets *shape"]:
         """Draw standard normal numbers, as many and of the kind of ``like``."""
         return self._draw(like, torch.randn)

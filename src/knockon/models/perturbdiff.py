@@ -218,6 +218,8 @@ class PerturbDiff(PulledModel):
         self.conditions.fit(self.spec.encode(learned))
         if self.ripple is not None:
             self.ripple.fit_statistics(train)
+            if self.config.anchored:
+                self.ripple.prepare()
         self.one_count.fill_(one_count(train.matrix, np.concatenate(list(train.rows.values()))))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:

@@ -86,6 +86,7 @@ class Ripple(Model):
         genes = len(spec.genes)
         self.anchor = _anchor(config, spec)
         self.donors = Donors(genes)
+        self._held: tuple[Donors, ...] = ()  # no part of the weights: only training needs it
         self.register_buffer("mean", torch.zeros(0, genes))
         self.register_buffer("context", torch.zeros(0, len(spec.covariates), dtype=torch.long))
         self.register_buffer("dispersion", torch.ones(genes))
@@ -123,18 +124,30 @@ class Ripple(Model):
         """
         return self._start(control, condition, noise, self.anchor.mean(condition), None)
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Draw cells of every training condition as if it had not been measured, for ``held_out``."""
+        assert isinstance(self.anchor, response_surface.ResponseSurface)
+        labels, held = self.anchor.effects.measured, Donors(len(self.spec.genes))
+        held.fit(self._as_if_unseen(labels[i : i + 1], i) for i in range(len(labels)))
+        self._held = (held,)
+
     def held_out(
         self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Draw cells of training conditions as if they had not been measured, for a model to learn from.
 
-        Needs the anchor ``response_surface``.
+        Control cells come back where nothing was done. Needs ``prepare``.
         """
-        mean = self.expect(condition, held_out=True)
         assert isinstance(self.anchor, response_surface.ResponseSurface)
-        itself = self.anchor.rows_of(condition)
-        controls = itself.new_zeros(len(itself), len(self.donors) - itself.shape[1])
-        return self._start(control, condition, noise, mean, torch.cat([itself, controls], dim=1))
+        (held,) = self._held
+        rows = self.anchor.rows_of(condition).int().argmax(1).tolist()
+        treated = (condition.perturbation > 0).any(1).tolist()
+        drawn = [
+            held.draw(row, control.shape[1], rng).to(control) if treated[i] else control[i]
+            for i, (row, rng) in enumerate(zip(rows, noise.each(len(rows)), strict=True))
+        ]
+        return torch.stack(drawn)
 
     def expect(self, condition: Condition, *, held_out: bool = False) -> Float[Tensor, "sets genes"]:
         """Predict means, log1p; with ``held_out``, as if training conditions had not been measured."""
@@ -157,14 +170,22 @@ class Ripple(Model):
             return cells
         mean = self.anchor.mean(condition)
         treated = (condition.perturbation > 0).any(1).tolist()
-        sources = noise.generators if len(noise.generators) > 1 else noise.generators * len(condition)
         moved = [
             self._move(cells[i], torch.lerp(cells[i].mean(0), mean[i], weight), rng)
             if treated[i]
             else cells[i]
-            for i, rng in enumerate(sources)
+            for i, rng in enumerate(noise.each(len(condition)))
         ]
         return torch.stack(moved)
+
+    def _as_if_unseen(self, condition: Condition, seed: int) -> Float[np.ndarray, "cells genes"]:
+        """Draw as many cells as are kept of a training condition, without them and what they tell."""
+        itself = torch.zeros(1, len(self.donors), dtype=torch.bool, device=self.mean.device)
+        itself[0, seed] = True
+        noise = Noise(torch.Generator(self.mean.device).manual_seed(seed))
+        control = self.mean.new_zeros(1, self.config.kept, len(self.spec.genes))
+        mean = self.expect(condition, held_out=True)
+        return self._start(control, condition, noise, mean, itself)[0].cpu().numpy()
 
     def _start(
         self,
@@ -175,11 +196,10 @@ class Ripple(Model):
         without: Bool[Tensor, "sets populations"] | None,
     ) -> Float[Tensor, "sets cells genes"]:
         weights = self._nearest(mean, condition, without)
-        sources = noise.generators if len(noise.generators) > 1 else noise.generators * len(condition)
         treated = (condition.perturbation > 0).any(1).tolist()
         made = [
             self._draw(control[i], mean[i], weights[i], rng) if treated[i] else control[i]
-            for i, rng in enumerate(sources)
+            for i, rng in enumerate(noise.each(len(condition)))
         ]
         return torch.stack(made)
 

@@ -8,7 +8,7 @@ import torch
 
 from knockon.data.screen import Screen
 from knockon.model import Model
-from knockon.models import additive, linear, mean_shift, nearest, no_effect
+from knockon.models import additive, linear, mean_shift, nearest, no_effect, shrunken_additive
 from knockon.models._embedding import embed_genes
 from knockon.models.linear import solve_bilinear
 from knockon.types import Label, Noise, UserError
@@ -164,6 +164,49 @@ def test_doses_are_interpolated_in_their_logarithm(
 ) -> None:
     predicted = predict(fit(config, doses), Label.of(["A"], [dose]))[0]
     np.testing.assert_allclose(predicted, BASE + share * A, rtol=1e-5)
+
+
+def test_shrunken_additive_multiplies_sums_by_the_slope_of_measured_combinations(pairs: Screen) -> None:
+    model = fit(shrunken_additive.Config(), pairs)
+    total, found = A + B, A + B + 1
+    factor = min(1, (total * found).sum() / (total**2).sum())
+    assert model.factor.item() == pytest.approx(factor, rel=1e-5)
+    asked = [Label.of(["A", "C"]), Label.of(["A", "B"]), Label.of(["B"]), Label()]
+    expected = [BASE + factor * (A + C), BASE + A + B + 1, BASE + B, BASE]
+    np.testing.assert_allclose(predict(model, *asked), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("share", "factor"), [(0.6, 0.6), (1.4, 1.0), (-0.5, 0.0)])
+def test_the_factor_of_shrunken_additive_is_between_none_and_all(
+    make_screen, share: float, factor: float
+) -> None:
+    cells = {Label(): BASE, Label.of(["A"]): BASE + A, Label.of(["B"]): BASE + B, Label.of(["C"]): BASE + C}
+    cells[Label.of(["A", "B"])] = BASE + share * (A + B)
+    model = fit(shrunken_additive.Config(), make_screen({x: around(mean) for x, mean in cells.items()}))
+    assert model.factor.item() == pytest.approx(factor, abs=1e-5)
+    np.testing.assert_allclose(predict(model, Label.of(["B", "C"]))[0], BASE + factor * (B + C), rtol=1e-5)
+
+
+def test_without_combinations_sums_are_shrunk_by_what_is_not_noise(make_screen) -> None:
+    draw, base = np.random.default_rng(0), np.full(400, 5.0)
+    effects = draw.normal(scale=0.1, size=(20, 400))
+    cells = {
+        Label.of([f"p{i}"]): base + e + draw.normal(scale=0.5, size=(25, 400)) for i, e in enumerate(effects)
+    }
+    cells[Label()] = base + draw.normal(scale=0.5, size=(100, 400))
+    model = fit(shrunken_additive.Config(), make_screen(cells))
+    noise = 0.25 * (1 / 25 + 1 / 100)
+    assert model.factor.item() == pytest.approx(0.01 / (0.01 + noise), rel=0.1)
+
+
+def test_shrunken_additive_knows_what_additive_knows(pairs: Screen, contexts: Screen) -> None:
+    asked = [Label.of(["A", "HELD"]), Label.of(["HELD"]), Label.of(["A", "B"]), Label.of(["B", "C"])]
+    for missing in ("refuse", "mean", "zero"):
+        plain = fit(additive.Config(missing=missing), pairs)
+        assert known(fit(shrunken_additive.Config(missing=missing), pairs), *asked) == known(plain, *asked)
+    model, plain = fit(shrunken_additive.Config(), contexts), fit(additive.Config(), contexts)
+    carried = [Label.of(["A"], covariates=["v"]), Label.of(["B"], covariates=["t"])]
+    np.testing.assert_array_equal(predict(model, *carried), predict(plain, *carried))  # measured elsewhere
 
 
 def test_nearest_on_doubles_is_the_matching_mean(pairs: Screen) -> None:

@@ -65,6 +65,7 @@ class Surface(nn.Module):
         group
             What each example belongs to; group i is in fold ``i % FOLDS``.
         """
+        self.weight = torch.zeros_like(self.weight)
         fold = group % FOLDS
         if len(group.unique()) < FOLDS:
             return

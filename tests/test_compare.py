@@ -1,13 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
+import anndata
 import pandas as pd
 import pytest
 
-from knockon.compare import Comparison, compare
+from knockon import models
+from knockon.compare import Comparison, compare, recipes
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
 from knockon.evaluate.summary import BASELINES
 from knockon.evaluate.tables import render
+from knockon.record import Record
 from knockon.train import Options
 from knockon.types import UserError
 
@@ -124,3 +128,17 @@ def test_the_table_shows_every_model_and_metric(folder: Path) -> None:
         "[dim]how[/dim]",
     ]
     assert table.row_count == 11
+
+
+def test_models_that_are_no_preset_stand_under_their_own_names(screen: Screen, tmp_path: Path) -> None:
+    softer = models.recipe("nearest")
+    further = {"nearest-ten": replace(softer, model=replace(softer.model, neighbors=10))}
+    asked = Comparison(models=(), cells=8, seed=3)
+    assert list(recipes(asked, further)) == ["no_effect", "mean_shift", "additive", "nearest-ten"]
+    summary = compare(screen, splits.additive(screen), out=tmp_path, comparison=asked, further=further)
+    assert "nearest-ten" in set(summary["model"])
+    record = Record.read(tmp_path / "runs" / "nearest-ten")
+    assert (record.model, record.config, record.train.seed) == ("nearest", further["nearest-ten"].model, 3)
+    about = anndata.read_h5ad(tmp_path / "predictions" / "nearest-ten.h5ad").uns["knockon"]
+    assert about["seconds"] > 0
+    assert record.seconds > 0

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +57,16 @@ def compare(
     out: str | Path,
     comparison: Comparison = Comparison(),
     options: Options = Options(),
+    further: Mapping[str, Recipe] | None = None,
 ) -> pd.DataFrame:
     """Train, predict and score models; what lies in the folder already is not done again.
 
     Writes ``runs/``, ``predictions/``, ``portraits/``, and the tables of ``Verdict.write``.
+
+    Parameters
+    ----------
+    further
+        Models that are no preset, by the names under which they stand beside the others.
 
     Returns
     -------
@@ -67,7 +74,7 @@ def compare(
         The summary: ``model, metric, mean, low, high, floor, ceiling, calibrated``.
     """
     folder = Path(out)
-    recipes = _recipes(comparison)
+    chosen = recipes(comparison, further)
     if comparison.fallback not in (None, *BASELINES):
         raise UserError(
             "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(BASELINES)
@@ -79,7 +86,7 @@ def compare(
     truth: Truth | None = None
     album: Album | None = None
     fallback: Run | None = None
-    for name, recipe in recipes.items():
+    for name, recipe in chosen.items():
         log.info("%s ...", name)
         wanted = () if fallback else split.test
         try:
@@ -110,18 +117,20 @@ def compare(
     ).write(folder)
 
 
-def _recipes(comparison: Comparison) -> dict[str, Recipe]:
-    """Models by the name of their run, the anchors first, with what all of them share."""
+def recipes(comparison: Comparison, further: Mapping[str, Recipe] | None = None) -> dict[str, Recipe]:
+    """List what is compared by the name of its run, the anchors first, with the shared seed and steps."""
     asked = [text.replace("-", "_") for text in comparison.models]
-    recipes = {}
+    found = {}
     for text in (*BASELINES, *(name for name in asked if name not in BASELINES)):
         name, _, preset = text.partition(":")
         recipe = scores.simple(name) if text in BASELINES else models.recipe(name, preset or "default")
+        found[text.replace(":", "-")] = recipe
+    for name, recipe in (found | dict(further or {})).items():
         training = dataclasses.replace(recipe.train, seed=comparison.seed)
         if training.steps and comparison.steps is not None:
             training = dataclasses.replace(training, steps=comparison.steps)
-        recipes[text.replace(":", "-")] = dataclasses.replace(recipe, train=training)
-    return recipes
+        found[name] = dataclasses.replace(recipe, train=training)
+    return found
 
 
 def _announce(split: Split) -> None:
@@ -151,6 +160,7 @@ def _predicted(
             return earlier
     parts = [(run, [label for label in run.split.test if label not in set(lacking)])]
     parts += [(fallback, lacking)] if fallback else []
+    began = time.monotonic()
     with bar("predicting", total=len(run.split.test), quiet=quiet) as advance:
         made = [
             asked.predict(labels, cells=comparison.cells, seed=comparison.seed, advance=advance)
@@ -158,7 +168,8 @@ def _predicted(
             if labels
         ]
     predicted = _joined(made)
-    predicted.uns["knockon"] |= marks | {"by_fallback": [str(label) for label in lacking]}
+    about = {"by_fallback": [str(label) for label in lacking], "seconds": time.monotonic() - began}
+    predicted.uns["knockon"] |= marks | about
     with written_aside(path) as aside:
         predicted.write_h5ad(aside)
     return predicted

@@ -50,7 +50,7 @@ class Record:
     steps: int = 0
     """Steps done when training ended."""
     seconds: float = 0.0
-    """Wall time of training, without what was resumed."""
+    """Wall time of training with all that comes before its first step, without what was resumed."""
 
     def write(self, folder: Path) -> None:
         """Write ``run.json``."""

@@ -89,6 +89,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
         If the folder holds another run, or training diverges.
     """
     folder = Path(out)
+    began = time.monotonic()
     recipe = _recipe(model)
     split = split if isinstance(split, Split) else splits.make(split, screen)
     stage = recipe.model.earlier()
@@ -127,7 +128,6 @@ def train(  # noqa: PLR0913 - each is one independent choice
         log.info("the first stage is trained in %s", folder / STAGE_ONE)
         stage = dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=recipe.train.seed))
         network.take(train(stage, screen, split, out=folder / STAGE_ONE, options=options).model)
-    began = time.monotonic()
     steps = _optimize(network, prepared, split, folder=folder, training=recipe.train, options=options)
     validate.choose(network, prepared, split.validation, recipe.train.seed)
     record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)

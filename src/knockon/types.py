@@ -53,6 +53,7 @@ class UserError(ValueError):
     def __init__(
         self, found: str, *, expected: str = "", offenders: Sequence[object] = (), mend: str = ""
     ) -> None:
+        self.offenders = tuple(offenders)
         shown = ", ".join(str(value) for value in offenders[:3])
         if len(offenders) > 3:
             shown += f" and {len(offenders) - 3} more"

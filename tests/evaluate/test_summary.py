@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import wilcoxon
 
 from knockon.evaluate.suites import ALL
-from knockon.evaluate.summary import PAIRED, SUMMARY, paired, summarize
+from knockon.evaluate.summary import CALIBRATED, PAIRED, SUMMARY, calibrate, interval, paired, summarize
 from knockon.types import UserError
 
 
@@ -159,3 +159,89 @@ def test_a_value_of_all_conditions_is_not_paired():
     scores = long({"additive": {"mse": [1.0]}, "mine": {"mse": [2.0]}}).assign(condition=ALL)
     assert paired(scores).empty
     assert len(summarize(scores)) == 2
+
+
+# ---- calibrated scores with intervals --------------------------------------------------------------
+
+
+def many(seed: int, quality: float, *, count: int = 24) -> pd.DataFrame:
+    """Scores of a model that closes a share of the gap between baseline and ceiling, with noise."""
+    draw = np.random.default_rng(seed)
+    hard = draw.lognormal(size=count)
+    rows = {
+        "no_effect": {"mse": 3 * hard, "pearson_delta": 0.0 * hard},
+        "additive": {"mse": 2 * hard, "pearson_delta": 0.4 + draw.normal(0, 0.02, count)},
+        "mine": {
+            "mse": (2 - quality) * hard + draw.normal(0, 0.05, count),
+            "pearson_delta": 0.4 + 0.4 * quality + draw.normal(0, 0.02, count),
+        },
+        "ceiling": {"mse": hard, "pearson_delta": np.full(count, 0.8)},
+    }
+    return long({model: {m: list(v) for m, v in metrics.items()} for model, metrics in rows.items()})
+
+
+def group(table: pd.DataFrame, model: str, name: str) -> pd.Series:
+    return table[(table["model"] == model) & (table["group"] == name)].iloc[0]
+
+
+def test_calibrated_scores_are_those_of_the_summary_and_lie_in_their_intervals():
+    scores = many(0, 0.5)
+    short, table = summarize(scores), calibrate(scores, {"mse": ["mse"], "r": ["pearson_delta"]})
+    assert tuple(table.columns) == CALIBRATED
+    for model in ("additive", "mine", "ceiling"):
+        for name, metric in (("mse", "mse"), ("r", "pearson_delta")):
+            found = group(table, model, name)
+            assert found["calibrated"] == pytest.approx(line(short, model, metric)["calibrated"])
+            assert found["low"] <= found["calibrated"] + 1e-9
+            assert found["calibrated"] <= found["high"] + 1e-9
+    assert tuple(group(table, "additive", "mse")[["low", "high"]]) == (0, 0)
+    assert tuple(group(table, "ceiling", "mse")[["low", "high"]]) == pytest.approx((1, 1))
+
+
+def test_a_group_is_the_mean_of_its_metrics():
+    table = calibrate(many(0, 0.5), {"both": ["mse", "pearson_delta"], "a": ["mse"], "b": ["pearson_delta"]})
+    parts = [group(table, "mine", name)["calibrated"] for name in "ab"]
+    both = group(table, "mine", "both")
+    assert both["calibrated"] == pytest.approx(np.mean(parts))
+    assert (both["metrics"], both["conditions"]) == (2, 24)
+
+
+def test_intervals_of_calibrated_scores_cover_as_often_as_they_say():
+    tables = [calibrate(many(seed, 0.5), {"both": ["mse", "pearson_delta"]}) for seed in range(60)]
+    lines = [group(table, "mine", "both") for table in tables]
+    covered = np.mean([found["low"] < 0.5 < found["high"] for found in lines])
+    assert 0.85 < covered <= 1
+    assert all(found["high"] - found["low"] < 0.2 for found in lines)
+
+
+def test_a_metric_without_clear_room_does_not_count():
+    """Of this ceiling nobody knows whether it is better than the baseline."""
+    rows = {"additive": [4.0, 6.0] * 4, "mine": [4.0] * 8, "ceiling": [5.9, 3.9] * 4}
+    scores = long({model: {"mse": values} for model, values in rows.items()})
+    assert summarize(scores)["calibrated"].notna().any()
+    found = group(calibrate(scores, {"mse": ["mse"]}), "mine", "mse")
+    assert found["metrics"] == 0
+    assert found[["calibrated", "low", "high"]].isna().all()
+
+
+def test_a_sample_without_room_tells_by_the_sign_of_the_gain():
+    """One condition leaves no room, and about one sample in a hundred draws it too often."""
+    ceiling = [5.5, *[3.0] * 7]
+    better, worse = ({"additive": [4.0] * 8, "mine": [mine] * 8, "ceiling": ceiling} for mine in (3.9, 4.1))
+    for rows, sign in ((better, 1), (worse, -1)):
+        scores = long({model: {"mse": values} for model, values in rows.items()})
+        found = group(calibrate(scores, {"mse": ["mse"]}), "mine", "mse")
+        assert found["metrics"] == 1
+        assert np.isfinite([found["low"], found["high"]]).all()
+        assert (sign * found[["low", "calibrated", "high"]] > 0).all()
+
+
+def test_calibrated_intervals_need_two_conditions():
+    rows = {"additive": [3.0], "mine": [2.0], "ceiling": [1.0]}
+    found = group(calibrate(long({m: {"mse": v} for m, v in rows.items()}), {"mse": ["mse"]}), "mine", "mse")
+    assert found["calibrated"] == 0.5
+    assert found[["low", "high"]].isna().all()
+
+
+def test_an_interval_of_a_mean_is_symmetric_for_two_values():
+    assert interval(np.array([0.0, 1.0]), np.random.default_rng(0)) == (0, 1)

@@ -1,6 +1,6 @@
 """From conditions to one line per model: means between anchors, intervals, and paired tests."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ SUMMARY = ("model", "metric", "mean", "low", "high", "floor", "ceiling", "calibr
 """Columns of a summary."""
 PAIRED = ("model", "metric", "baseline", "conditions", "difference", "low", "high", "p")
 """Columns of a table of paired tests."""
+CALIBRATED = ("model", "group", "calibrated", "low", "high", "metrics", "conditions")
+"""Columns of a table of calibrated scores."""
 
 
 def summarize(
@@ -64,7 +66,7 @@ def summarize(
         anchored = means.get(floor, np.nan), means.get(ceiling, np.nan)
         for model, values in one.values.items():
             calibrated = np.nan if best is None else one.calibrated(model, best, ceiling)
-            bounds = _interval(values.to_numpy(), np.random.default_rng(seed))
+            bounds = interval(values.to_numpy(), np.random.default_rng(seed))
             rows.append((model, one.metric, means[model], *bounds, *anchored, calibrated))
     return _in_order_of_models(pd.DataFrame.from_records(rows, columns=SUMMARY), scores)
 
@@ -100,9 +102,65 @@ def paired(
                 continue
             both = pd.concat([values, one.values[best]], axis=1, join="inner").to_numpy()
             gain = one.sign * (both[:, 0] - both[:, 1])
-            bounds = _interval(gain, np.random.default_rng(seed))
+            bounds = interval(gain, np.random.default_rng(seed))
             rows.append((model, one.metric, best, len(gain), gain.mean(), *bounds, _signed_rank(gain)))
     return _in_order_of_models(pd.DataFrame.from_records(rows, columns=PAIRED), scores)
+
+
+def calibrate(
+    scores: pd.DataFrame,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    baselines: Sequence[str] = BASELINES,
+    ceiling: str = CEILING,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Average calibrated scores over metrics, with intervals over conditions.
+
+    Parameters
+    ----------
+    scores
+        As for ``summarize``. Values that are of all conditions at once cannot be drawn and are left out.
+    groups
+        Metrics that are averaged, by a name for them; a group may be a single one.
+    baselines, ceiling
+        Their names. The best baseline of each metric is that of the mean, of those that have all conditions.
+    seed
+        Of the bootstrap. Models and metrics share its samples of conditions.
+
+    Returns
+    -------
+    DataFrame
+        ``model, group, calibrated, low, high, metrics, conditions``. ``calibrated`` is 0 for the best
+        baseline and 1 for the ceiling; ``low`` and ``high`` bound its 95 % bootstrap interval, empty for
+        fewer than two conditions. A sample of conditions in which the ceiling is not better than the baseline
+        counts as infinitely good or bad, by the sign of the model's difference from the baseline, so that an
+        interval above 0 always says that the model is better. Only metrics count (``metrics`` of them) whose
+        ceiling is better than the baseline beyond such an interval: by the others, the baseline cannot be
+        told from a replicate. A group without any has empty scores.
+    """
+    drawn = scores.loc[scores["condition"] != ALL]
+    conditions = pd.Index(drawn["condition"].unique())
+    count = len(conditions)
+    # the first row takes each condition once: it is the sample itself
+    weights = np.ones((1 + DRAWS, count))
+    weights[1:] = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+    placed = {
+        (model, one.metric): shares
+        for one in _by_metric(drawn, ceiling)
+        for model, shares in one.shares(baselines, ceiling, conditions, weights)
+    }
+    rows = []
+    for model in drawn["model"].unique():
+        having = drawn.loc[drawn["model"] == model].dropna(subset="value")
+        for group, metrics in groups.items():
+            found = [placed[model, metric] for metric in metrics if (model, metric) in placed]
+            with np.errstate(invalid="ignore"):  # metrics may be infinitely good and bad at once
+                mean = np.mean(found, axis=0) if found else np.full(1 + DRAWS, np.nan)
+            known = having.loc[having["metric"].isin(metrics), "condition"].nunique()
+            bounds = _bounds(mean[1:]) if found and known > 1 else (np.nan, np.nan)
+            rows.append((model, group, mean[0], *bounds, len(found), known))
+    return pd.DataFrame.from_records(rows, columns=CALIBRATED)
 
 
 def refuse_empty(scores: pd.DataFrame) -> None:
@@ -144,6 +202,42 @@ class _OfOneMetric:
         room = self.sign * (one - zero)
         return float(self.sign * (at - zero) / room) if room > 0 else np.nan
 
+    def shares(
+        self,
+        baselines: Sequence[str],
+        ceiling: str,
+        conditions: pd.Index,
+        weights: Float[np.ndarray, "samples conditions"],
+    ) -> Iterator[tuple[str, Float[np.ndarray, "samples"]]]:
+        """Calibrate each model in each sample; nothing where the metric has no clear room."""
+        best = self.best(baselines)
+        if best is None or ceiling not in self.values:
+            return
+        for model in dict.fromkeys((ceiling, *self.values)):
+            names = (model, best, ceiling)
+            three = pd.concat([self.values[name] for name in names], axis=1, join="inner")
+            drawn = weights[:, conditions.get_indexer(three.index)]
+            with np.errstate(invalid="ignore"):  # a sample may have none of these conditions
+                at, zero, one = (drawn @ three.to_numpy() / drawn.sum(1, keepdims=True)).T
+            gain, room = self.sign * (at - zero), self.sign * (one - zero)
+            if model == ceiling and not (room[0] > 0 and _bounds(room[1:])[0] > 0):
+                return
+            yield model, _share(gain, room)
+
+
+def _share(
+    gain: Float[np.ndarray, "samples"], room: Float[np.ndarray, "samples"]
+) -> Float[np.ndarray, "samples"]:
+    """Divide, where there is room; elsewhere infinite with the sign of the gain, and 0 without any."""
+    endless = np.where(gain == 0, 0.0, np.copysign(np.inf, gain) + 0 * gain)  # unknown stays unknown
+    return np.where(room > 0, gain / np.where(room > 0, room, 1.0), endless)
+
+
+def _bounds(values: Float[np.ndarray, "samples"]) -> tuple[float, float]:
+    """Bound 95 % of the samples by two of them, which may be infinite."""
+    low, high = np.nanquantile(values, (0.025, 0.975), method="inverted_cdf")
+    return float(low), float(high)
+
 
 def _by_metric(scores: pd.DataFrame, ceiling: str) -> Iterator[_OfOneMetric]:
     for name, part in scores.dropna(subset="value").groupby("metric", sort=False):
@@ -160,8 +254,8 @@ def _signed_rank(gain: Float[np.ndarray, "conditions"]) -> float:
     return float(np.asarray(wilcoxon(gain))[1]) if np.any(gain) else 1.0
 
 
-def _interval(values: Float[np.ndarray, "conditions"], rng: np.random.Generator) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
+def interval(values: Float[np.ndarray, "conditions"], rng: np.random.Generator) -> tuple[float, float]:
+    """Bound the mean by its 95 % bootstrap interval; NaN for fewer than two values."""
     count = len(values)
     if count < 2:
         return np.nan, np.nan

@@ -1,0 +1,217 @@
+"""What is trained on which screen with what held out, done once and kept in a folder.
+
+A task is a screen and a way of holding out, in one fold or several. Each fold has a folder of its own, which
+is a comparison (`knockon.compare`) with two more files: `done.json`, what was scored in it and how it came
+about, and `all_scores.csv`, the scores of all that, whichever run of the command they are of.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import anndata
+import pandas as pd
+import torch
+
+from benchmarks.measure import commit, machine
+from knockon import splits
+from knockon.compare import Comparison, compare, recipes
+from knockon.data import screen as screens
+from knockon.data.conventions import Columns
+from knockon.data.design import Simulation
+from knockon.data.screen import Screen
+from knockon.data.simulate import simulate
+from knockon.data.splits import Split
+from knockon.evaluate.summary import CEILING
+from knockon.files import read_json, write_json, write_text, written_aside
+from knockon.model import Recipe
+from knockon.predict import Refusal
+from knockon.record import RECORD
+from knockon.train import Options, train
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+HERE = Path(__file__).parent
+
+log = logging.getLogger("knockon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A screen, and what is held out of it."""
+
+    name: str
+    """Of its folder, and of its columns in tables."""
+    about: str
+    """The screen and what is held out, in words."""
+    data: Simulation | Path
+    """What to simulate, or a file."""
+    columns: Columns = Columns()
+    """How the file is read."""
+    split: str = "additive"
+    """A kind of split, or a file with one."""
+    seeds: tuple[int, ...] = (42,)
+    """A fold of the split for each of these seeds."""
+    each_level: bool = False
+    """A fold for each level of the first covariate instead."""
+    fraction: float | None = None
+    """Of what is held out; by default that of the kind."""
+    fallback: str | None = None
+    """Baseline that answers where a model has no basis; without one, such a model is left out."""
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether the true residuals of held-out doubles are known."""
+        return isinstance(self.data, Simulation) and self.split == "additive"
+
+    def file(self, folder: Path) -> Path:
+        """Return the screen's file; a simulated one lies in the folder, and is made where it is missing."""
+        if isinstance(self.data, Path):
+            return self.data
+        path = folder / "screens" / f"{self.name}.h5ad"
+        if not path.exists():
+            adata = simulate(self.data)
+            with written_aside(path) as aside:
+                adata.write_h5ad(aside)
+        return path
+
+    def screen(self, folder: Path) -> Screen:
+        """Read the screen."""
+        return screens.read(self.file(folder), self.columns)
+
+    def folds(self, screen: Screen) -> dict[str, Split]:
+        """Hold out, by the name of each fold."""
+        if self.each_level:
+            levels = screen.covariates[0].levels
+            return {slug(level): splits.make(self.split, screen, holdout=(level,)) for level in levels}
+        return {
+            str(seed): splits.make(self.split, screen, seed=seed, fraction=self.fraction)
+            for seed in self.seeds
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What all models of a folder share."""
+
+    out: Path
+    cells: int = 256
+    seed: int = 0
+    steps: int | None = None
+    """Of training, for a trial; each recipe's own without it."""
+    options: Options = Options()
+
+    def comparison(self, fallback: str | None = None) -> Comparison:
+        return Comparison(models=(), cells=self.cells, steps=self.steps, seed=self.seed, fallback=fallback)
+
+
+def slug(text: str) -> str:
+    """Make a text fit for the name of a folder."""
+    return re.sub(r"[^\w.-]+", "_", text)
+
+
+def plain(recipe: Recipe) -> list[object]:
+    """A recipe as the record of its run holds it."""
+    return json.loads(json.dumps([asdict(recipe.model), asdict(recipe.train)]))
+
+
+def configuration(recipe: Recipe, cells: int) -> str:
+    """A short name that differs for any two recipes of one model, and numbers of predicted cells."""
+    return hashlib.sha256(json.dumps([*plain(recipe), cells]).encode()).hexdigest()[:8]
+
+
+def has_basis(recipe: Recipe, screen: Screen, test: Sequence[Split]) -> bool:
+    """Whether a model can predict any test condition of any fold; found before it is trained."""
+    untrained = replace(recipe, train=replace(recipe.train, steps=0))
+    for split in test:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                train(untrained, screen, split, out=folder, wanted=split.test)
+        except Refusal as refusal:
+            if len(refusal.offenders) == len(split.test):
+                continue
+        return True
+    return False
+
+
+def score(
+    task: Task, folder: Path, screen: Screen, split: Split, how: How, further: Mapping[str, Recipe]
+) -> list[str]:
+    """Train, predict and score in a fold's folder what was not yet; return the names of what was scored."""
+    asked, done = recipes(how.comparison(), further), finished(folder)
+    marks = {name: configuration(recipe, how.cells) for name, recipe in asked.items()}
+    new = {
+        name: asked[name] for name, mark in marks.items() if done.get(name, {}).get("configuration") != mark
+    }
+    if not new:
+        log.info("%s is finished", folder)
+        return []
+    for name, recipe in new.items():
+        _forget(folder / "runs" / name, recipe)
+    mine = {name: recipe for name, recipe in new.items() if name in further}
+    compare(
+        screen, split, out=folder, comparison=how.comparison(task.fallback), options=how.options, further=mine
+    )
+    scores = pd.read_csv(folder / "scores.csv")
+    scored = [name for name in new if name in set(scores["model"])]
+    for name in new:
+        done[name] = {
+            "configuration": marks[name],
+            "cells": how.cells,
+            "scored": name in scored,
+            "commit": commit(),
+            "date": str(datetime.now(UTC).date()),
+            "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            **(_took(folder, name) if name in scored else {}),
+        }
+    earlier = folder / "all_scores.csv"
+    if earlier.exists():
+        kept = pd.read_csv(earlier)
+        scores = pd.concat([scores, kept[~kept["model"].isin([*scores["model"], *new])]])
+    write_text(earlier, scores.to_csv(index=False))
+    write_json(folder / "done.json", done)
+    return scored
+
+
+def finished(folder: Path) -> dict[str, dict[str, object]]:
+    """Read what was done in a fold's folder, by the names of models."""
+    path = folder / "done.json"
+    return read_json(path) if path.exists() else {}
+
+
+def pooled(folders: Mapping[str, Path]) -> pd.DataFrame:
+    """Join the scores of folds; conditions are named ``fold/condition``."""
+    tables = []
+    for fold, folder in folders.items():
+        table = pd.read_csv(folder / "all_scores.csv")
+        tables.append(table.assign(condition=fold + "/" + table["condition"]))
+    scores = pd.concat(tables, ignore_index=True)
+    # the ceiling comes last, whatever was scored after it
+    return scores.sort_values("model", key=lambda names: names == CEILING, kind="stable", ignore_index=True)
+
+
+def _forget(run: Path, recipe: Recipe) -> None:
+    """Remove a run of another recipe, of which this folder keeps one for each name."""
+    if not (run / RECORD).exists():
+        return
+    record = read_json(run / RECORD)
+    if [record["config"], record["train"]] != plain(recipe):
+        log.info("%s is of another recipe, and is trained again", run)
+        shutil.rmtree(run)
+
+
+def _took(folder: Path, name: str) -> dict[str, object]:
+    """Seconds of training and of generation, and how many conditions a fallback answered."""
+    run = folder / "runs" / name
+    about = anndata.read_h5ad(folder / "predictions" / f"{name}.h5ad").uns["knockon"]
+    return {
+        "train": read_json(run / RECORD)["seconds"],
+        "generate": float(about["seconds"]),
+        "fallback": len(about["by_fallback"]),
+    }

@@ -1,0 +1,224 @@
+"""Every model on every screen, between the best simple baseline and a replicate: `docs/results.md`.
+
+    python -m benchmarks.results [--only demo norman19 ...] [--models ripple ...] [--write docs/results.md]
+
+What is trained and scored stays in the folder `--out`, and is not done again; the page shows all that lies
+there. Times are of the machine that the page names, with whatever else it did.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import page
+from benchmarks.jobs import HERE, SHARED, How, Task, finished, has_basis, score
+from knockon import models
+from knockon.data.conventions import Columns
+from knockon.data.screen import Screen
+from knockon.data.simulate import contexts, demo, interaction
+from knockon.data.splits import Split
+from knockon.evaluate.summary import BASELINES
+from knockon.files import read_json, write_json, write_text
+from knockon.model import Recipe
+from knockon.train import Options
+from knockon.types import UserError
+
+log = logging.getLogger("knockon")
+
+PAPER = "-paper"
+"""Ending of the names of models with the switches of their paper preset; see ``paper_switches``."""
+SIZES = {
+    "scdfm": ("width", "layers", "heads", "genes_per_step"),
+    "perturbdiff": ("width", "layers", "heads", "branch", "set_size"),
+}
+"""What is no switch but a size of the published models."""
+MODELS = (
+    *BASELINES, "shrunken_additive", "linear", "nearest", "latent_additive", "response_surface", "ripple",
+    "scdfm", "scdfm-paper", "perturbdiff", "perturbdiff-paper", "scldm",
+)  # fmt: skip
+"""In the order of the tables."""
+
+DOUBLES = str(HERE / "splits" / "norman19_doubles.json")
+REPLICATES = str(HERE / "splits" / "papalexi21_replicates.json")
+NORMAN, PAPALEXI, KANG = (SHARED / f"{name}.h5ad" for name in ("norman19", "papalexi21", "kang18"))
+COUNTS = Columns(layer="counts")
+FOLDS = (42, 43, 44)
+
+TASKS = (
+    Task(
+        name="demo0",
+        about="simulated screen `demo`, seed 0, additive split: doubles of measured singles; the screen that "
+        "models were developed on",
+        data=demo(),
+    ),
+    Task(
+        name="demo101",
+        about="simulated screen `demo`, seed 101, additive split; not used in development",
+        data=replace(demo(), seed=101),
+    ),
+    Task(
+        name="interaction102",
+        about="simulated screen `interaction`, seed 102, additive split: many doubles are far from the sum "
+        "of their singles; not used in development",
+        data=replace(interaction(), seed=102),
+    ),
+    Task(
+        name="contexts103",
+        about="simulated screen `contexts`, seed 103, in counts: a third of the drugs, at all doses, in one "
+        "cell type, measured in the others; not used in development",
+        data=replace(contexts(), seed=103),
+        columns=COUNTS,
+        split="context",
+        fraction=0.34,
+    ),
+    Task(
+        name="norman19-doubles",
+        about="`norman19`: the five doubles whose singles are measured",
+        data=NORMAN,
+        split=DOUBLES,
+    ),
+    Task(
+        name="norman19-unseen",
+        about="`norman19`: a tenth of the perturbations, with every double that has one of them, three folds",
+        data=NORMAN,
+        split="unseen",
+        seeds=FOLDS,
+        fallback="mean_shift",
+    ),
+    Task(
+        name="papalexi21-replicates",
+        about="`papalexi21`, in counts: the cells of each perturbation in one of three replicates",
+        data=PAPALEXI,
+        columns=replace(COUNTS, covariate_keys=("bio_rep",)),
+        split=REPLICATES,
+    ),
+    Task(
+        name="papalexi21-unseen",
+        about="`papalexi21`, in counts: a tenth of the perturbations, three folds",
+        data=PAPALEXI,
+        columns=replace(COUNTS, covariate_keys=()),
+        split="unseen",
+        seeds=FOLDS,
+        fallback="mean_shift",
+    ),
+    Task(
+        name="kang18-context",
+        about="`kang18`: interferon in one cell type, measured in the other six; each of the seven is a fold",
+        data=KANG,
+        columns=Columns(covariate_keys=("cell_type",)),
+        split="context",
+        each_level=True,
+    ),
+)
+
+
+def paper_switches(name: str) -> Recipe:
+    """Make the published objective, network switches and sampler of a model trainable in minutes.
+
+    Sizes are those of the default preset, and so is the training: the published rates are made for 200,000
+    steps, and would leave a model of some hundred steps where it began.
+    """
+    default, paper = models.recipe(name), models.recipe(name, "paper")
+    sizes = {field: getattr(default.model, field) for field in SIZES[name]}
+    return Recipe(model=replace(paper.model, **sizes), train=default.train)
+
+
+def chosen(names: Sequence[str]) -> dict[str, Recipe]:
+    """Recipes by the names of the table, without the anchors; what is not there is skipped and said."""
+    found = {}
+    for name in names:
+        base = name.removesuffix(PAPER)
+        if base not in models.names() or (name != base and base not in SIZES):
+            log.warning("%s is skipped: there is no such model", name)
+        elif name not in BASELINES:
+            found[name] = paper_switches(base) if name != base else models.recipe(name)
+    return found
+
+
+def run(task: Task, how: How, further: dict[str, Recipe], ledger: Path) -> None:
+    """Score what is missing of all folds of a task, and count in the ledger what was really scored."""
+    screen = task.screen(how.out)
+    folds = task.folds(screen)
+    if screen.units != "counts":
+        further = {name: recipe for name, recipe in further.items() if not name.startswith("scldm")}
+    if task.fallback:
+        tests = list(folds.values())
+        further = {
+            name: recipe for name, recipe in further.items() if _has_basis(name, recipe, screen, tests)
+        }
+    for fold, split in folds.items():
+        folder = how.out / task.name / fold
+        log.info("%s, fold %s", task.name, fold)
+        scored = score(task, folder, screen, split, how, further)
+        done = finished(folder)
+        count(ledger, f"{task.name}/{fold}", {name: str(done[name]["configuration"]) for name in scored})
+
+
+def count(ledger: Path, place: str, scored: dict[str, str]) -> None:
+    """Note that test conditions were looked at once more, by models of these configurations."""
+    looks = read_json(ledger) if ledger.exists() else {}
+    there = looks.setdefault(place, {})
+    for name, configured in scored.items():
+        key = f"{name} {configured}"
+        there[key] = there.get(key, 0) + 1
+    write_json(ledger, looks)
+
+
+def main(arguments: Sequence[str] | None = None, tasks: Sequence[Task] = TASKS) -> None:
+    """Run what is missing, and write the page."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    asked = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    how = How(
+        out=asked.out,
+        cells=asked.cells,
+        seed=asked.seed,
+        steps=asked.steps,
+        options=Options(device=asked.device),
+    )
+    further, failed = chosen(asked.models), []
+    for task in tasks:
+        if any(task.name.startswith(name) for name in asked.only or [""]) and not asked.page_only:
+            try:
+                run(task, how, further, asked.ledger)
+            except UserError as error:  # the other tasks are worth their hours all the same
+                log.error("%s: %s", task.name, error)
+                failed.append(task.name)
+    if asked.write:
+        command = shlex.join(["python", "-m", "benchmarks.results", *arguments])
+        text = page.written(tasks, how.out, asked.ledger, order=MODELS, command=command)
+        write_text(asked.write, text)
+    if failed:
+        sys.exit("failed: " + ", ".join(failed))
+
+
+def _has_basis(name: str, recipe: Recipe, screen: Screen, tests: Sequence[Split]) -> bool:
+    if has_basis(recipe, screen, tests):
+        return True
+    log.warning("%s is left out: it has a basis for no test condition of any fold", name)
+    return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", help="beginnings of the names of tasks; all without it")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="the anchors are always there")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of all runs")
+    parser.add_argument("--write", type=Path, help="the page to write")
+    parser.add_argument("--page-only", action="store_true", help="train and score nothing")
+    parser.add_argument("--ledger", type=Path, default=HERE.parent / "docs" / "results.json")
+    parser.add_argument("--cells", type=int, default=256, help="predicted cells of each condition")
+    parser.add_argument("--seed", type=int, default=0, help="of training, prediction and ceiling")
+    parser.add_argument("--steps", type=int, help="of training, for a trial")
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,7 @@ from knockon.model import Recipe
 from knockon.predict import Refusal
 from knockon.record import RECORD
 from knockon.train import Options, train
+from knockon.types import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 HERE = Path(__file__).parent
@@ -142,41 +143,49 @@ def has_basis(recipe: Recipe, screen: Screen, test: Sequence[Split]) -> bool:
 
 def score(
     task: Task, folder: Path, screen: Screen, split: Split, how: How, further: Mapping[str, Recipe]
-) -> list[str]:
-    """Train, predict and score in a fold's folder what was not yet; return the names of what was scored."""
+) -> Iterator[str]:
+    """Train, predict and score in a fold's folder what was not yet; yield the name of each that was scored.
+
+    Each model is a comparison with the anchors alone, so that what is finished is kept, and a model whose
+    cells cannot be scored keeps nobody from it; what is wrong with them is noted.
+    """
     asked, done = recipes(how.comparison(), further), finished(folder)
     marks = {name: configuration(recipe, how.cells) for name, recipe in asked.items()}
-    new = {
-        name: asked[name] for name, mark in marks.items() if done.get(name, {}).get("configuration") != mark
-    }
-    if not new:
-        log.info("%s is finished", folder)
-        return []
-    for name, recipe in new.items():
-        _forget(folder / "runs" / name, recipe)
-    mine = {name: recipe for name, recipe in new.items() if name in further}
-    compare(
-        screen, split, out=folder, comparison=how.comparison(task.fallback), options=how.options, further=mine
-    )
+    new = [name for name, mark in marks.items() if done.get(name, {}).get("configuration") != mark]
+    for name in [name for name in new if name in further] or new[:1]:
+        _forget(folder / "runs" / name, asked[name])
+        alone = {name: further[name]} if name in further else {}
+        about = {"date": str(datetime.now(UTC).date()), "commit": commit(), "cells": how.cells}
+        try:
+            compare(
+                *(screen, split), out=folder, comparison=how.comparison(task.fallback), options=how.options,
+                further=alone,
+            )  # fmt: skip
+        except UserError as error:
+            log.error("%s: %s", name, error)
+            done[name] = {**about, "scored": False, "error": str(error)}
+            write_json(folder / "done.json", done)
+            continue
+        found = _merged(folder, name)
+        # with the first comparison come the anchors
+        scored = [one for one in new if one in found and done.get(one, {}).get("configuration") != marks[one]]
+        for one in scored:
+            done[one] = {"configuration": marks[one], "scored": True, **about, **_took(folder, one)}
+        if name not in found:
+            done[name] = {"configuration": marks[name], "scored": False, **about}
+        write_json(folder / "done.json", done)
+        yield from scored
+
+
+def _merged(folder: Path, name: str) -> set[str]:
+    """Put the scores of a comparison in the place of older ones; return the names that they are of."""
     scores = pd.read_csv(folder / "scores.csv")
-    scored = [name for name in new if name in set(scores["model"])]
-    for name in new:
-        done[name] = {
-            "configuration": marks[name],
-            "cells": how.cells,
-            "scored": name in scored,
-            "commit": commit(),
-            "date": str(datetime.now(UTC).date()),
-            "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            **(_took(folder, name) if name in scored else {}),
-        }
-    earlier = folder / "all_scores.csv"
-    if earlier.exists():
-        kept = pd.read_csv(earlier)
-        scores = pd.concat([scores, kept[~kept["model"].isin([*scores["model"], *new])]])
-    write_text(earlier, scores.to_csv(index=False))
-    write_json(folder / "done.json", done)
-    return scored
+    found, path = set(scores["model"]), folder / "all_scores.csv"
+    if path.exists():
+        kept = pd.read_csv(path)
+        scores = pd.concat([scores, kept[~kept["model"].isin(found | {name})]])
+    write_text(path, scores.to_csv(index=False))
+    return found
 
 
 def finished(folder: Path) -> dict[str, dict[str, object]]:
@@ -208,10 +217,11 @@ def _forget(run: Path, recipe: Recipe) -> None:
 
 def _took(folder: Path, name: str) -> dict[str, object]:
     """Seconds of training and of generation, and how many conditions a fallback answered."""
-    run = folder / "runs" / name
+    record = read_json(folder / "runs" / name / RECORD)
     about = anndata.read_h5ad(folder / "predictions" / f"{name}.h5ad").uns["knockon"]
     return {
-        "train": read_json(run / RECORD)["seconds"],
+        "machine": machine(torch.device(record["device"])),
+        "train": record["seconds"],
         "generate": float(about["seconds"]),
         "fallback": len(about["by_fallback"]),
     }

@@ -51,10 +51,10 @@ that intervals are somewhat too narrow. Bold: above 0 with its interval.
 - A metric counts only where the replicate is better than the best simple baseline beyond such an interval; a
   dash stands where it is not, since the baseline cannot be told from a replicate by that metric.
 - `no_effect` is the floor. `scdfm`, `perturbdiff`, `scldm` and `ripple` are the default presets.
-- `scdfm-paper`, `perturbdiff-paper`: objective, network switches and sampler of the paper preset at the
-  widths, layers, heads, sets, cells and steps of the default one, and trained as it is. The published sizes
-  and 200,000 steps cannot be trained on this machine: these rows show what the switches do, not what the
-  paper reached.
+- `scdfm-paper`, `perturbdiff-paper`: objective and switches of the paper preset at the widths, layers, heads,
+  sets, cells and steps of the default one, and with its rates; scDFM also with its solver, since the
+  published one takes eight times as long. The published sizes and 200,000 steps cannot be trained on two
+  cores: these rows show what the switches do, not what the papers reached.
 - *train*: seconds of training with preparation and statistics; *generate*: seconds of {cells} cells of each
   test condition; means over folds, and other work on the machine is in them.
 - *scored*: how often the test conditions were scored with this configuration of the model, in brackets with
@@ -104,7 +104,7 @@ def find(task: Task, out: Path, looks: Mapping[str, Mapping[str, int]], order: S
         task=task,
         folders=folders,
         scores=scores[LONG],
-        about={name: [note[name] for note in notes if name in note] for name in models},
+        about={name: [note[name] for note in notes if name in note] for note in notes for name in note},
         looks={name: _looks(name, [note.get(name, {}) for note in notes], counts) for name in models},
         models=(*models, CEILING),
     )
@@ -133,7 +133,7 @@ def written(tasks: Sequence[Task], out: Path, ledger: Path, *, order: Sequence[s
 
 def _head(every: Sequence[Found], command: str) -> str:
     notes = [note for found in every for notes in found.about.values() for note in notes]
-    origins = sorted({f"{note['commit']} on {note['date']} ({note['machine']})" for note in notes})
+    origins = sorted({f"{n['commit']} on {n['date']} ({n['machine']})" for n in notes if n["scored"]})
     return HEAD.format(
         commit=commit(),
         date=datetime.now(UTC).date(),
@@ -175,7 +175,7 @@ def verdict(model: str, scores: Mapping[str, pd.DataFrame]) -> str:
         for task, calibrated in scores.items():
             if (model, group) not in calibrated.index:
                 continue
-            line = calibrated.loc[(model, group)]
+            line = calibrated.loc[(model, group), :]
             if pd.isna(line["low"]):
                 untold.append(task)
             elif line["low"] > 0:
@@ -259,6 +259,12 @@ def _remarks(found: Found) -> list[str]:
     """Say what is not as the table looks."""
     lines = []
     whole = found.scores.groupby("model")["condition"].nunique()
+    for model, notes in found.about.items():
+        errors = [str(note["error"]) for note in notes if note.get("error")]
+        if errors:
+            lines.append(
+                f"- `{model}` has no scores in {len(errors)} of {len(found.folders)} folds: {errors[0]}"
+            )
     for model in found.models:
         answered = sum(int(str(note.get("fallback", 0))) for note in found.about.get(model, ()))
         if answered:
@@ -278,7 +284,8 @@ def number(value: float) -> str:
     """Write a calibrated score or a correlation."""
     if np.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
+    text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def span(value: float, low: float, high: float) -> str:
@@ -297,14 +304,14 @@ def raw(value: float) -> str:
 def _calibrated(calibrated: pd.DataFrame, model: str, group: str) -> str:
     if (model, group) not in calibrated.index:
         return ""
-    line = calibrated.loc[(model, group)]
+    line = calibrated.loc[(model, group), :]
     return span(line["calibrated"], line["low"], line["high"])
 
 
 def _correlated(averages: pd.DataFrame, model: str, way: str) -> str:
     if (model, way) not in averages.index:
         return ""
-    return span(*averages.loc[(model, way)])
+    return span(*averages.loc[(model, way), :])
 
 
 def _scored(means: pd.Series, calibrated: pd.DataFrame, model: str, metric: str) -> str:

@@ -74,9 +74,10 @@ def of_fold(folder: Path, screen: Screen, split: Split, truth: pd.DataFrame) -> 
 
 def averaged(table: pd.DataFrame) -> pd.DataFrame:
     """Average each way over doubles: mean and 95 % bootstrap interval of each model."""
-    rows = {}
+    rows = []
     for model, part in table.groupby("model", sort=False):
         for way in WAYS:
             values = part[way].to_numpy()
-            rows[model, way] = (values.mean(), *interval(values, np.random.default_rng(0)))
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
+            rows.append((model, way, values.mean(), *interval(values, np.random.default_rng(0))))
+    found = pd.DataFrame.from_records(rows, columns=["model", "way", "mean", "low", "high"])
+    return found.set_index(["model", "way"])

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +39,8 @@ from knockon.types import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 HERE = Path(__file__).parent
+BASELESS = "baseless.json"
+"""In a task's folder: models that have a basis for none of its test conditions, and were not trained."""
 
 log = logging.getLogger("knockon")
 
@@ -65,6 +67,8 @@ class Task:
     """Of what is held out; by default that of the kind."""
     fallback: str | None = None
     """Baseline that answers where a model has no basis; without one, such a model is left out."""
+    genes: int | None = None
+    """Most variable genes to keep; all without it."""
 
     @property
     def has_truth(self) -> bool:
@@ -127,10 +131,10 @@ def configuration(recipe: Recipe, cells: int) -> str:
     return hashlib.sha256(json.dumps([*plain(recipe), cells]).encode()).hexdigest()[:8]
 
 
-def has_basis(recipe: Recipe, screen: Screen, test: Sequence[Split]) -> bool:
+def has_basis(recipe: Recipe, screen: Screen, folds: Iterable[Split]) -> bool:
     """Whether a model can predict any test condition of any fold; found before it is trained."""
     untrained = replace(recipe, train=replace(recipe.train, steps=0))
-    for split in test:
+    for split in folds:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 train(untrained, screen, split, out=folder, wanted=split.test)
@@ -150,6 +154,7 @@ def score(
     cells cannot be scored keeps nobody from it; what is wrong with them is noted.
     """
     asked, done = recipes(how.comparison(), further), finished(folder)
+    options = replace(how.options, genes=task.genes)
     marks = {name: configuration(recipe, how.cells) for name, recipe in asked.items()}
     new = [name for name, mark in marks.items() if done.get(name, {}).get("configuration") != mark]
     for name in [name for name in new if name in further] or new[:1]:
@@ -157,10 +162,8 @@ def score(
         alone = {name: further[name]} if name in further else {}
         about = {"date": str(datetime.now(UTC).date()), "commit": commit(), "cells": how.cells}
         try:
-            compare(
-                *(screen, split), out=folder, comparison=how.comparison(task.fallback), options=how.options,
-                further=alone,
-            )  # fmt: skip
+            comparison = how.comparison(task.fallback)
+            compare(screen, split, out=folder, comparison=comparison, options=options, further=alone)
         except UserError as error:
             log.error("%s: %s", name, error)
             done[name] = {**about, "scored": False, "error": str(error)}

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from benchmarks import residuals
-from benchmarks.jobs import Task, finished, pooled
+from benchmarks.jobs import BASELESS, Task, finished, pooled
 from benchmarks.measure import commit, machine, table
 from knockon.data.simulate import truth
 from knockon.evaluate.summary import BASELINES, CEILING, calibrate, summarize
@@ -78,6 +78,8 @@ class Found:
     scores: pd.DataFrame
     about: Mapping[str, list[dict[str, object]]]
     """Of each model, what every fold notes of it."""
+    baseless: Sequence[str]
+    """Models that have a basis for no test condition."""
     looks: Mapping[str, str]
     """Of each model, how often it was scored."""
     models: Sequence[str] = field(default=())
@@ -99,12 +101,14 @@ def find(task: Task, out: Path, looks: Mapping[str, Mapping[str, int]], order: S
     there = set(scores["model"])
     models = [name for name in order if name in there]
     models += [name for name in dict.fromkeys(scores["model"]) if name not in (*models, CEILING)]
+    path = out / task.name / BASELESS
     counts = [looks.get(f"{task.name}/{fold}", {}) for fold in folders]
     return Found(
         task=task,
         folders=folders,
         scores=scores[LONG],
         about={name: [note[name] for note in notes if name in note] for note in notes for name in note},
+        baseless=read_json(path)["models"] if path.exists() else [],
         looks={name: _looks(name, [note.get(name, {}) for note in notes], counts) for name in models},
         models=(*models, CEILING),
     )
@@ -257,14 +261,18 @@ def _described(found: Found) -> str:
 
 def _remarks(found: Found) -> list[str]:
     """Say what is not as the table looks."""
-    lines = []
+    lines, folds = [], len(found.folders)
     whole = found.scores.groupby("model")["condition"].nunique()
     for model, notes in found.about.items():
         errors = [str(note["error"]) for note in notes if note.get("error")]
+        refused = sum(not note["scored"] for note in notes) - len(errors)
         if errors:
-            lines.append(
-                f"- `{model}` has no scores in {len(errors)} of {len(found.folders)} folds: {errors[0]}"
-            )
+            lines.append(f"- `{model}` has no scores in {len(errors)} of {folds} folds: {errors[0]}")
+        if refused:
+            lines.append(f"- `{model}` has no basis for some test conditions in {refused} of {folds} folds.")
+    if found.baseless:
+        names = ", ".join(f"`{name}`" for name in found.baseless)
+        lines.append(f"- No basis for any test condition, and not trained: {names}.")
     for model in found.models:
         answered = sum(int(str(note.get("fallback", 0))) for note in found.about.get(model, ()))
         if answered:

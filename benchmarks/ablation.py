@@ -1,0 +1,273 @@
+"""What each switch of a default preset does: the table of ablations in `docs/reproduction.md`.
+
+    python -m benchmarks.ablation [--models perturbdiff] [--switches residual] [--write docs/reproduction.md]
+
+Each switch is set back alone and trained on simulated screens, which no other benchmark uses, with a seed for
+screen and training together; it is compared with the default preset of the same seed, double by held-out
+double. What is trained and scored stays in the folder `--out`, and is not done again.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t
+
+from benchmarks.jobs import How, Task, pooled, score
+from benchmarks.measure import commit, table
+from knockon import models
+from knockon.data.simulate import demo, interaction
+from knockon.evaluate.suites import metric_named
+from knockon.files import write_text
+from knockon.model import Recipe
+from knockon.train import Options
+from knockon.types import UserError
+
+METRICS = (
+    "mse",
+    "pearson_delta",
+    "discrimination",
+    "energy_distance",
+    "variance_corr",
+    "zero_fraction_error",
+)
+SCREENS = {"demo": demo, "interaction": interaction}
+BEGIN, END = "<!-- ablations: by benchmarks.ablation -->", "<!-- end of ablations -->"
+"""Lines of the page between which the table stands."""
+
+log = logging.getLogger("knockon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """A switch of a model, set back."""
+
+    model: str
+    switch: str
+    config: Mapping[str, object] = field(default_factory=dict)
+    """Fields of the model's configuration that change."""
+    train: Mapping[str, object] = field(default_factory=dict)
+    """Fields of its training that change."""
+    preset: str = "default"
+    """What it is compared with."""
+
+    @property
+    def base(self) -> str:
+        """Name of the run that it is compared with."""
+        return self.model if self.preset == "default" else f"{self.model}-{self.preset}"
+
+    @property
+    def name(self) -> str:
+        """Of its run."""
+        return f"{self.base}-{self.switch}"
+
+    @property
+    def change(self) -> str:
+        """What is changed, as the tables say it."""
+        return ", ".join(f"`{key}={value}`" for key, value in {**self.config, **self.train}.items())
+
+    def recipes(self) -> dict[str, Recipe]:
+        """What is compared, and this."""
+        base = models.recipe(self.model, self.preset)
+        model, train = replace(base.model, **self.config), replace(base.train, **self.train)
+        return {self.base: base, self.name: Recipe(model=model, train=train)}
+
+
+def _switched(model: str, **switches: object) -> tuple[Ablation, ...]:
+    """Make an ablation of each field, named as it is."""
+    return tuple(Ablation(model=model, switch=name, config={name: off}) for name, off in switches.items())
+
+
+ABLATIONS = (
+    *_switched(
+        "perturbdiff",
+        residual=False,
+        anchored=False,
+        learn_controls=False,
+        whole_counts=False,
+        shrinkage=0.0,
+        masked=False,
+        unbiased_energy=False,
+    ),
+    *_switched(
+        "scdfm",
+        gaussian_base=False,
+        anchored_base=False,
+        whole_counts=False,
+        skip_constant=False,
+        time_scale=1.0,
+        zero_init=False,
+        normed_keys=False,
+        residual_adapter=False,
+        gene_graph=False,
+        mmd=0.0,
+    ),
+)
+
+
+def gains(scores: pd.DataFrame, base: str, changed: str) -> pd.DataFrame:
+    """Compare two models over seeds and conditions.
+
+    Parameters
+    ----------
+    scores
+        ``model, seed, condition, metric, value``; a condition of a seed is one of its screen.
+
+    Returns
+    -------
+    DataFrame
+        For each metric ``gain, low, high, agreeing, seeds, verdict``. ``gain`` is the mean over all
+        conditions of all seeds of how much better ``base`` is than ``changed``, whatever the metric's
+        direction, and ``low`` and ``high`` bound its 95 % t-interval, in which each condition of each seed
+        counts as one. ``agreeing`` counts the seeds whose own mean has the sign of the gain.
+    """
+    rows = []
+    for metric in METRICS:
+        values = scores.loc[scores["metric"] == metric].set_index(["seed", "condition"])
+        ours, theirs = (values.loc[values["model"] == name, "value"] for name in (base, changed))
+        sign = 1 if metric_named(metric).direction == "higher" else -1
+        gain = (sign * (ours - theirs)).dropna()
+        mean, count = float(gain.mean()), len(gain)
+        half = float(t.ppf(0.975, count - 1) * gain.std() / np.sqrt(count)) if count > 1 else np.nan
+        own = gain.groupby("seed").mean()
+        agreeing = int((np.sign(own) == np.sign(mean)).sum())
+        rows.append((metric, mean, mean - half, mean + half, agreeing, len(own), verdict(mean, half)))
+    columns = ["metric", "gain", "low", "high", "agreeing", "seeds", "verdict"]
+    return pd.DataFrame.from_records(rows, columns=columns).set_index("metric")
+
+
+def verdict(gain: float, half: float) -> str:
+    """Say what a switch does by the mean and half the width of the interval of what it gains."""
+    if np.isnan(half) or abs(gain) <= half:
+        return "no difference beyond its interval"
+    return "helps" if gain > 0 else "hurts"
+
+
+def run(ablation: Ablation, screen: str, seed: int, how: How) -> None:
+    """Train and score an ablation and what it is compared with, where that was not done."""
+    task = task_of(screen, seed)
+    data = task.screen(how.out)
+    for fold, split in task.folds(data).items():
+        for name in score(
+            task, how.out / task.name / fold, data, split, replace(how, seed=seed), ablation.recipes()
+        ):
+            log.info("%s: scored %s", task.name, name)
+
+
+def task_of(screen: str, seed: int) -> Task:
+    """One simulated screen, and its usual split."""
+    return Task(name=f"{screen}{seed}", about="", data=replace(SCREENS[screen](), seed=seed))
+
+
+def gathered(screen: str, seeds: Sequence[int], out: Path) -> pd.DataFrame:
+    """Scores of all that was done on the screens of a kind."""
+    tables = []
+    for seed in seeds:
+        folders = {path.parent.name: path.parent for path in (out / f"{screen}{seed}").glob("*/done.json")}
+        if folders:
+            tables.append(pooled(folders).assign(seed=seed))
+    columns = ["model", "condition", "metric", "value", "seed"]
+    return pd.concat(tables) if tables else pd.DataFrame(columns=columns)
+
+
+def written(ablations: Sequence[Ablation], screens: Sequence[str], seeds: Sequence[int], out: Path) -> str:
+    """Write the table of what was done."""
+    rows = []
+    for screen in screens:
+        scores = gathered(screen, seeds, out)
+        there = set(scores["model"])
+        for ablation in ablations:
+            if {ablation.base, ablation.name} <= there:
+                found = gains(scores, ablation.base, ablation.name)
+                cells = [_cell(line) for _, line in found.iterrows()]
+                rows.append((f"`{ablation.base}`", ablation.change, screen, *cells, summed(found["verdict"])))
+    return table(["model", "changed", "screen", *METRICS, "what the default has instead"], rows)
+
+
+def summed(verdicts: pd.Series) -> str:
+    """Say in which metrics a switch helps and hurts."""
+    parts = [
+        f"**{what}**: {', '.join(verdicts.index[verdicts == what])}"
+        for what in ("helps", "hurts")
+        if (verdicts == what).any()
+    ]
+    return "; ".join(parts) or "no difference beyond its interval"
+
+
+def placed(text: str, between: str) -> str:
+    """Put lines between the markers of a page.
+
+    Raises
+    ------
+    UserError
+        If it has no such markers.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise UserError("The page has no place for ablations", expected=f"the lines {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{between}\n{END}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, and write the table."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    asked = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    how = How(out=asked.out, cells=asked.cells, steps=asked.steps, options=Options(device=asked.device))
+    ablations = [
+        one
+        for one in ABLATIONS
+        if one.model in asked.models and one.switch in (asked.switches or [one.switch])
+    ]
+    for seed in asked.seeds:
+        for screen in asked.screens:
+            for ablation in ablations if not asked.page_only else ():
+                run(ablation, screen, seed, how)
+    text = written(ABLATIONS, asked.screens, asked.seeds, asked.out)
+    command = shlex.join(["python", "-m", "benchmarks.ablation", *arguments])
+    head = f"Commit {commit()}, {datetime.now(UTC).date()}, `{command}`."
+    if asked.write:
+        page = asked.write.read_text(encoding="utf-8")
+        write_text(asked.write, placed(page, f"{head}\n\n{text}\n"))
+    print(text)
+
+
+def _cell(line: pd.Series) -> str:
+    """Write a gain with its interval and the seeds that agree; in bold beyond the interval."""
+    digits = 5 if max(abs(line["low"]), abs(line["high"])) < 0.01 else 4 if abs(line["gain"]) < 0.1 else 3
+    low, high = f"{line['low']:+.{digits}f}", f"{line['high']:+.{digits}f}"
+    mean = f"{line['gain']:+.{digits}f}"
+    text = f"**{mean}**" if line["verdict"] in ("helps", "hurts") else mean
+    return f"{text} [{low}, {high}] {line['agreeing']}/{line['seeds']}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = tuple(dict.fromkeys(one.model for one in ABLATIONS))
+    parser.add_argument("--models", nargs="+", choices=every, default=every)
+    parser.add_argument("--switches", nargs="+", help="only these")
+    parser.add_argument("--screens", nargs="+", choices=tuple(SCREENS), default=tuple(SCREENS))
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=(201, 202, 203), help="of screen and training"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of all runs")
+    parser.add_argument("--write", type=Path, help="the page that has a place for the table")
+    parser.add_argument("--page-only", action="store_true", help="train and score nothing")
+    parser.add_argument("--cells", type=int, default=128, help="predicted cells of each condition")
+    parser.add_argument("--steps", type=int, help="of training, for a trial")
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+import numpy as np
+import pandas as pd
+import pytest
+from benchmarks import ablation
+from scipy.stats import ttest_rel
+
+from knockon.types import UserError
+
+
+def scores(better: float, *, seeds: int = 3, count: int = 12, noise: float = 0.1) -> pd.DataFrame:
+    """A base whose errors are smaller and whose correlations are larger than those of the changed model."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for seed in range(seeds):
+        for i in range(count):
+            hard = draw.normal()
+            for model, value in (("base", 0.0), ("changed", better)):
+                error = hard + value + noise * draw.normal()
+                rows.append((model, seed, f"42/c{i}", "mse", error))
+                rows.append((model, seed, f"42/c{i}", "pearson_delta", -error))
+    return pd.DataFrame(rows, columns=["model", "seed", "condition", "metric", "value"])
+
+
+def test_a_gain_is_paired_and_positive_where_the_switch_helps():
+    found = ablation.gains(scores(0.5), "base", "changed")
+    for metric in ("mse", "pearson_delta"):
+        line = found.loc[metric]
+        assert line["low"] < 0.5 < line["high"]
+        assert line["high"] - line["low"] < 0.2
+        assert (line["agreeing"], line["seeds"], line["verdict"]) == (3, 3, "helps")
+    assert ablation.gains(scores(-0.5), "base", "changed").loc["mse", "verdict"] == "hurts"
+    assert ablation.gains(scores(0.0), "base", "changed").loc["mse", "verdict"].startswith("no difference")
+
+
+def test_the_interval_is_that_of_the_paired_t_test():
+    table = scores(0.1)
+    wide = table[table["metric"] == "mse"].pivot(index=["seed", "condition"], columns="model", values="value")
+    bounds = ttest_rel(wide["changed"], wide["base"]).confidence_interval()
+    line = ablation.gains(table, "base", "changed").loc["mse"]
+    assert (line["low"], line["high"]) == pytest.approx(tuple(bounds))
+
+
+def test_seeds_that_disagree_are_counted():
+    table = pd.concat([scores(0.5, seeds=2), scores(-0.1, seeds=1).assign(seed=7)])
+    line = ablation.gains(table, "base", "changed").loc["mse"]
+    assert (line["agreeing"], line["seeds"]) == (2, 3)
+
+
+def test_one_condition_shows_nothing():
+    line = ablation.gains(scores(0.5, seeds=1, count=1), "base", "changed").loc["mse"]
+    assert line["verdict"] == "no difference beyond its interval"
+
+
+@pytest.mark.parametrize("one", ablation.ABLATIONS, ids=lambda one: one.name)
+def test_each_ablation_changes_what_it_says(one):
+    base, changed = one.recipes().values()
+    for part, fields in (("model", one.config), ("train", one.train)):
+        before, after = vars(getattr(base, part)), vars(getattr(changed, part))
+        assert {name for name in before if before[name] != after[name]} == set(fields)
+
+
+def test_names_of_ablations_differ():
+    names = [one.name for one in ablation.ABLATIONS]
+    assert len(set(names)) == len(names)
+
+
+def test_verdicts_are_summed():
+    verdicts = pd.Series(
+        {"mse": "helps", "mae": "no difference beyond its interval", "l2": "hurts", "r": "helps"}
+    )
+    assert ablation.summed(verdicts) == "**helps**: mse, r; **hurts**: l2"
+    assert ablation.summed(verdicts[1:2]) == "no difference beyond its interval"
+
+
+def test_the_table_goes_between_its_markers():
+    page = f"before\n{ablation.BEGIN}\nold\n{ablation.END}\nafter\n"
+    assert ablation.placed(page, "new") == f"before\n{ablation.BEGIN}\nnew\n{ablation.END}\nafter\n"
+    with pytest.raises(UserError, match="no place for ablations"):
+        ablation.placed("before\n", "new")

@@ -1,0 +1,215 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from benchmarks import jobs, page, residuals, results
+from benchmarks.jobs import Task
+
+from knockon import models, splits
+from knockon.data import simulate
+from knockon.data.screen import Screen
+from knockon.files import read_json, write_json
+from knockon.types import Label
+
+TINY = Task(name="tiny", about="a tiny screen", data=simulate.tiny(), seeds=(42, 43))
+
+
+@pytest.fixture(scope="module")
+def screen() -> Screen:
+    return Screen.from_anndata(simulate.simulate(simulate.tiny()))
+
+
+# ---- tasks -----------------------------------------------------------------------------------------
+
+
+def test_names_of_tasks_differ_and_their_files_are_named_where_they_lie():
+    assert len({task.name for task in results.TASKS}) == len(results.TASKS)
+    for task in results.TASKS:
+        assert jobs.slug(task.name) == task.name
+        if task.split.endswith(".json"):
+            assert Path(task.split).exists()
+
+
+def test_a_simulated_screen_is_made_once(tmp_path):
+    task = replace(TINY, data=replace(simulate.tiny(), truth_cells=2))
+    path = task.file(tmp_path)
+    made = path.stat().st_mtime_ns
+    assert task.file(tmp_path).stat().st_mtime_ns == made
+    assert list(task.folds(task.screen(tmp_path))) == ["42", "43"]
+
+
+def test_each_level_of_the_first_covariate_is_a_fold(tmp_path):
+    small = replace(simulate.contexts(), cells=800, genes=60, drugs=2, doses=(1.0,), truth_cells=2)
+    task = Task(name="x", about="", data=small, split="context", each_level=True)
+    folds = task.folds(task.screen(tmp_path))
+    assert {fold: split.heldout for fold, split in folds.items()} == {
+        f"type{i}": (f"type{i}",) for i in (1, 2, 3)
+    }
+
+
+def test_whatever_has_no_basis_is_found_before_it_is_trained(screen):
+    """Perturbed genes of this panel have vectors; those of a screen with other names have none."""
+    split = splits.unseen(screen, fraction=0.2)
+    assert jobs.has_basis(models.recipe("linear"), screen, [split])
+    assert not jobs.has_basis(models.recipe("latent_additive"), screen, [split])
+    assert jobs.has_basis(models.recipe("latent_additive"), screen, [split, splits.additive(screen)])
+
+
+# ---- configurations and the ledger -----------------------------------------------------------------
+
+
+def test_the_mark_of_a_recipe_differs_for_every_change():
+    recipe = models.recipe("scdfm")
+    changed = (
+        replace(recipe, model=replace(recipe.model, mmd=0.1)),
+        replace(recipe, train=replace(recipe.train, lr=1.0)),
+    )
+    marks = [jobs.configuration(one, 256) for one in (recipe, *changed)] + [jobs.configuration(recipe, 128)]
+    assert len(set(marks)) == 4
+    assert jobs.configuration(models.recipe("scdfm"), 256) == marks[0]
+
+
+def test_looks_are_counted_by_place_and_configuration(tmp_path):
+    ledger = tmp_path / "looks.json"
+    for what in ("scdfm aa", "scdfm aa", "scdfm bb"):
+        results.count(ledger, "demo0/42", what)
+    results.count(ledger, "demo0/43", "scdfm aa")
+    assert read_json(ledger) == {"demo0/42": {"scdfm aa": 2, "scdfm bb": 1}, "demo0/43": {"scdfm aa": 1}}
+
+
+@pytest.mark.parametrize("name", results.SIZES)
+def test_paper_switches_have_the_sizes_of_the_default_and_nothing_else_of_it(name):
+    made, default, paper = results.paper_switches(name), models.recipe(name), models.recipe(name, "paper")
+    for field in vars(made.model):
+        source = default if field in results.SIZES[name] else paper
+        assert getattr(made.model, field) == getattr(source.model, field)
+    assert made.train == default.train
+
+
+def test_models_that_are_not_there_are_skipped_and_said(caplog):
+    found = results.chosen(["no_effect", "linear", "scdfm-paper", "nobody", "linear-paper"])
+    assert list(found) == ["linear", "scdfm-paper"]
+    assert "nobody is skipped" in caplog.text
+
+
+# ---- residuals -------------------------------------------------------------------------------------
+
+
+def test_residuals_are_correlated_against_measured_and_true_singles():
+    draw = np.random.default_rng(0)
+    control, a, b, beyond, noise = draw.normal(size=(5, 200))
+    truth = pd.DataFrame(
+        [control, control + a, control + b, control + a + b + beyond], index=["control", "A", "B", "A+B"]
+    )
+    double, one, other = Label.of(["A", "B"]), Label.of(["A"]), Label.of(["B"])
+    exact = {Label(): control, one: control + a, other: control + b}
+    rough = exact | {one: control + a + noise}
+
+    def found(predicted: np.ndarray, measured: dict[Label, np.ndarray]) -> tuple[float, float]:
+        line = residuals.correlations({double: predicted}, measured, truth).iloc[0]
+        assert line["condition"] == "A+B"
+        return line["measured"], line["true"]
+
+    assert found(control + a + b, exact) == (0, 0)  # no residual
+    assert found(control + a + b + beyond / 2, exact) == pytest.approx((1, 1))
+    assert found(control + a + b - beyond, exact) == pytest.approx((-1, -1))
+    # the very sum that was measured adds nothing to it, and no effect profits by its noise
+    measured, true = found(control + a + b + noise, rough)
+    assert measured == 0
+    assert abs(true) < 0.2
+    shared, clean = found(control, rough)
+    assert shared > clean + 0.1
+
+
+def test_averages_have_an_interval_for_each_way():
+    table = pd.DataFrame(
+        {"condition": list("abc"), "measured": [0.1, 0.2, 0.3], "true": [0.0] * 3, "model": ["m"] * 3}
+    )
+    found = residuals.averaged(table)
+    assert found.loc[("m", "measured"), "mean"] == pytest.approx(0.2)
+    assert tuple(found.loc[("m", "true"), :]) == (0, 0, 0)
+    assert found.loc[("m", "measured"), "low"] < 0.2 < found.loc[("m", "measured"), "high"]
+
+
+# ---- the page --------------------------------------------------------------------------------------
+
+
+def folder_of(out: Path, task: str, fold: str, values: dict[str, float]) -> None:
+    """A finished fold with made-up scores of four conditions, all around one value of a model."""
+    rows = [
+        (model, f"c{i}", metric, value * (1 + i / 10))
+        for model, value in values.items()
+        for metric in ("mse", "energy_distance")
+        for i in range(4)
+    ]
+    folder = out / task / fold
+    folder.mkdir(parents=True)
+    pd.DataFrame(rows, columns=["model", "condition", "metric", "value"]).to_csv(
+        folder / "all_scores.csv", index=False
+    )
+    note = {
+        "configuration": "aa",
+        "scored": True,
+        "commit": "abc",
+        "date": "today",
+        "machine": "box",
+        "cells": 8,
+    }
+    note |= {"train": 2.0, "generate": 0.5, "fallback": 0}
+    done = {model: note for model in values if model != "ceiling"}
+    write_json(folder / "done.json", done | {"broken": {**note, "scored": False, "error": "Not log1p."}})
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("results")
+    for fold in ("42", "43"):
+        scores = {"ceiling": 1.0, "no_effect": 4.0, "mean_shift": 3.5, "additive": 3.0}
+        folder_of(tmp_path, "first", fold, scores | {"mine": 2.0, "other": 3.2})
+    folder_of(tmp_path, "second", "42", {"ceiling": 3.0, "no_effect": 3.0, "additive": 2.9, "mine": 3.0})
+    data = Path("nowhere.h5ad")
+    tasks = [Task(name=name, about=f"the {name}", data=data) for name in ("first", "second", "third")]
+    ledger = tmp_path / "looks.json"
+    write_json(ledger, {"first/42": {"mine aa": 2, "mine bb": 1}, "first/43": {"mine aa": 1, "other aa": 1}})
+    return page.written(tasks, tmp_path, ledger, order=("no_effect", "mine", "other"), command="the command")
+
+
+def row(text: str, start: str, nth: int = 0) -> list[str]:
+    lines = [line for line in text.splitlines() if line.startswith(f"| `{start}` |")]
+    return [cell.strip() for cell in lines[nth].strip("|").split("|")]
+
+
+def test_the_page_pools_folds_and_calibrates(text):
+    assert "8 test conditions in 2 folds" in text
+    assert row(text, "mine") == ["`mine`", "**0.50** [0.50, 0.50]", "-"]
+    assert row(text, "other")[1] == "-0.10 [-0.10, -0.10]"
+
+
+def test_the_page_says_where_a_model_is_not_better(text):
+    _, _, verdicts = text.partition("Where a model is not better")
+    mine, _, other = verdicts.partition("- `other`")
+    assert "mean metrics: **better** on first; no room to tell on second." in mine
+    assert "distribution metrics: **worse** on first." in other
+
+
+def test_the_page_says_how_it_came_about(text):
+    assert "Made by `the command`" in text
+    assert "abc on today (box)" in text
+    assert "Not run yet: third." in text
+    assert "`broken` has no scores in 2 of 2 folds: Not log1p." in text
+
+
+def test_the_page_counts_looks_and_seconds(text):
+    assert row(text, "mine", -3)[-3:] == ["2.0", "0.5", "2 (3)"]
+    assert row(text, "other", -1)[-1] == "1"
+    assert row(text, "mine", -1)[-1] == "0"
+
+
+def test_numbers_are_short():
+    assert [page.number(value) for value in (0.123, -0.001, -48.2, np.inf, -np.inf)] == [
+        *("0.12", "0.00", "-48", "∞", "-∞")
+    ]
+    assert page.span(np.nan, np.nan, np.nan) == "-"
+    assert page.span(0.5, np.nan, np.nan) == "0.50"

@@ -10,8 +10,11 @@ from benchmarks.jobs import Task
 from knockon import models, splits
 from knockon.data import simulate
 from knockon.data.screen import Screen
+from knockon.evaluate.summary import BASELINES, CEILING
+from knockon.evaluate.tables import LONG
 from knockon.files import read_json, write_json
-from knockon.types import Label
+from knockon.record import RECORD
+from knockon.types import Label, UserError
 
 TINY = Task(name="tiny", about="a tiny screen", data=simulate.tiny(), seeds=(42, 43))
 
@@ -55,6 +58,63 @@ def test_whatever_has_no_basis_is_found_before_it_is_trained(screen):
     assert jobs.has_basis(models.recipe("linear"), screen, [split])
     assert not jobs.has_basis(models.recipe("latent_additive"), screen, [split])
     assert jobs.has_basis(models.recipe("latent_additive"), screen, [split, splits.additive(screen)])
+
+
+# ---- folders ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def score(screen, tmp_path, monkeypatch):
+    """Score models in one folder by comparisons whose scores are made up."""
+    split, calls = splits.additive(screen), iter(range(100))
+
+    def compare(screen, split, *, out, comparison, options, further):
+        recipes = {name: models.recipe(name) for name in BASELINES} | further
+        value = next(calls)
+        rows = []
+        for name, recipe in recipes.items():
+            if name == "broken":
+                raise UserError("The values are neither counts nor log1p")
+            record = out / "runs" / name / RECORD
+            if not record.exists():  # a run is as it was trained first
+                config, training = jobs.plain(recipe)
+                record.parent.mkdir(parents=True)
+                write_json(record, {"config": config, "train": training, "made": value})
+            rows.append((name, "A+B", "mse", read_json(record)["made"]))
+        table = pd.DataFrame([*rows, (CEILING, "A+B", "mse", 0)], columns=LONG)
+        table.to_csv(out / "scores.csv", index=False)
+
+    monkeypatch.setattr(jobs, "compare", compare)
+    monkeypatch.setattr(jobs, "_took", lambda folder, name: {})
+
+    def scored(**further):
+        return list(jobs.score(TINY, tmp_path, screen, split, jobs.How(out=tmp_path), further))
+
+    return scored
+
+
+def test_what_is_scored_stays_and_only_what_changed_is_scored_again(score, tmp_path):
+    linear = models.recipe("linear")
+    softer = replace(linear, model=replace(linear.model, ridge=1.0))
+    assert score(linear=linear) == ["no_effect", "mean_shift", "additive", "linear"]
+    assert score(linear=linear) == []
+    assert score(nearest=models.recipe("nearest")) == ["nearest"]
+    before = jobs.pooled({"42": tmp_path})
+    assert set(before["model"]) == {*BASELINES, "linear", "nearest", CEILING}
+    assert before["model"].iloc[-1] == CEILING
+    assert set(before["condition"]) == {"42/A+B"}
+    assert score(linear=softer) == ["linear"]
+    both = before.merge(jobs.pooled({"42": tmp_path}), on=["model", "condition", "metric"])
+    assert len(both) == len(before)
+    assert set(both.loc[both["value_x"] != both["value_y"], "model"]) == {"linear"}
+
+
+def test_a_model_that_cannot_be_scored_keeps_nobody_from_it(score, tmp_path):
+    further = {"broken": models.recipe("nearest"), "linear": models.recipe("linear")}
+    assert score(**further) == ["no_effect", "mean_shift", "additive", "linear"]
+    note = jobs.finished(tmp_path)["broken"]
+    assert not note["scored"]
+    assert "neither counts nor log1p" in str(note["error"])
 
 
 # ---- configurations and the ledger -----------------------------------------------------------------

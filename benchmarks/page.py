@@ -31,8 +31,6 @@ GROUPS = {
     "mse": ("mse",),
 }
 """Calibrated scores of the overview."""
-SIMPLE = (*BASELINES, "shrunken_additive")
-"""The best of these is where calibrated scores begin."""
 
 HEAD = """# Results
 
@@ -87,7 +85,7 @@ class Found:
 
     def calibrated(self, groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
         """Calibrated scores, by model and group."""
-        return calibrate(self.scores, groups, baselines=SIMPLE).set_index(["model", "group"])
+        return calibrate(self.scores, groups).set_index(["model", "group"])
 
 
 def find(task: Task, out: Path, looks: Mapping[str, Mapping[str, int]], order: Sequence[str]) -> Found | None:
@@ -144,7 +142,7 @@ def _head(every: Sequence[Found], command: str) -> str:
         machine=f"{machine(torch.device('cpu'))}, load average {os.getloadavg()[0]:.1f}",
         command=command,
         origin="Trained and scored at: " + "; ".join(origins) + ".",
-        simple=", ".join(f"`{name}`" for name in SIMPLE),
+        simple=", ".join(f"`{name}`" for name in BASELINES),
         means=", ".join(f"`{name}`" for name in MEANS),
         distributions=", ".join(f"`{name}`" for name in DISTRIBUTIONS),
         cells=", ".join(sorted({str(note["cells"]) for note in notes})),
@@ -167,7 +165,7 @@ def overview(every: Sequence[Found], order: Sequence[str]) -> str:
         ]
         lines += [f"### {group.capitalize()}, calibrated\n", table(["model", *scores], rows), ""]
     lines.append("### Where a model is not better than the best simple baseline\n")
-    lines += [verdict(model, scores) for model in models if model not in (*SIMPLE, CEILING)]
+    lines += [verdict(model, scores) for model in models if model not in (*BASELINES, CEILING)]
     return "\n".join(lines) + "\n"
 
 
@@ -235,7 +233,7 @@ def interactions(every: Sequence[Found], out: Path, order: Sequence[str]) -> str
 
 def screen(found: Found) -> str:
     """Every metric of every model on one task."""
-    scores = summarize(found.scores, baselines=SIMPLE)
+    scores = summarize(found.scores)
     means = scores.set_index(["metric", "model"])["mean"]
     calibrated = found.calibrated({name: [name] for name in (*MEANS, *DISTRIBUTIONS)})
     lines = [f"## {found.task.name}\n", f"{_described(found)}.\n"]

@@ -34,7 +34,7 @@ SIZES = {
 }
 """What is no switch but a size, of networks, sets and the sampler's steps."""
 MODELS = (
-    *BASELINES, "shrunken_additive", "linear", "nearest", "latent_additive", "response_surface", "ripple",
+    *BASELINES, "linear", "nearest", "latent_additive", "response_surface", "ripple",
     "scdfm", "scdfm-paper", "perturbdiff", "perturbdiff-paper", "scldm",
 )  # fmt: skip
 """In the order of the tables."""

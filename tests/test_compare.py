@@ -134,7 +134,7 @@ def test_models_that_are_no_preset_stand_under_their_own_names(screen: Screen, t
     softer = models.recipe("nearest")
     further = {"nearest-ten": replace(softer, model=replace(softer.model, neighbors=10))}
     asked = Comparison(models=(), cells=8, seed=3)
-    assert list(recipes(asked, further)) == ["no_effect", "mean_shift", "additive", "nearest-ten"]
+    assert list(recipes(asked, further)) == [*BASELINES, "nearest-ten"]
     summary = compare(screen, splits.additive(screen), out=tmp_path, comparison=asked, further=further)
     assert "nearest-ten" in set(summary["model"])
     record = Record.read(tmp_path / "runs" / "nearest-ten")

@@ -96,7 +96,7 @@ def score(screen, tmp_path, monkeypatch):
 def test_what_is_scored_stays_and_only_what_changed_is_scored_again(score, tmp_path):
     linear = models.recipe("linear")
     softer = replace(linear, model=replace(linear.model, ridge=1.0))
-    assert score(linear=linear) == ["no_effect", "mean_shift", "additive", "linear"]
+    assert score(linear=linear) == [*BASELINES, "linear"]
     assert score(linear=linear) == []
     assert score(nearest=models.recipe("nearest")) == ["nearest"]
     before = jobs.pooled({"42": tmp_path})
@@ -111,7 +111,7 @@ def test_what_is_scored_stays_and_only_what_changed_is_scored_again(score, tmp_p
 
 def test_a_model_that_cannot_be_scored_keeps_nobody_from_it(score, tmp_path):
     further = {"broken": models.recipe("nearest"), "linear": models.recipe("linear")}
-    assert score(**further) == ["no_effect", "mean_shift", "additive", "linear"]
+    assert score(**further) == [*BASELINES, "linear"]
     note = jobs.finished(tmp_path)["broken"]
     assert not note["scored"]
     assert "neither counts nor log1p" in str(note["error"])

@@ -111,6 +111,8 @@ class How:
     steps: int | None = None
     """Of training, for a trial; each recipe's own without it."""
     options: Options = Options()
+    again: tuple[str, ...] = ()
+    """Models that are trained and scored anew, since their code has changed and not their recipe."""
 
     def comparison(self, fallback: str | None = None) -> Comparison:
         return Comparison(models=(), cells=self.cells, steps=self.steps, seed=self.seed, fallback=fallback)
@@ -131,13 +133,13 @@ def configuration(recipe: Recipe, cells: int) -> str:
     return hashlib.sha256(json.dumps([*plain(recipe), cells]).encode()).hexdigest()[:8]
 
 
-def has_basis(recipe: Recipe, screen: Screen, folds: Iterable[Split]) -> bool:
+def has_basis(recipe: Recipe, screen: Screen, folds: Iterable[Split], options: Options = Options()) -> bool:
     """Whether a model can predict any test condition of any fold; found before it is trained."""
     untrained = replace(recipe, train=replace(recipe.train, steps=0))
     for split in folds:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                train(untrained, screen, split, out=folder, wanted=split.test)
+                train(untrained, screen, split, out=folder, options=options, wanted=split.test)
         except Refusal as refusal:
             if len(refusal.offenders) == len(split.test):
                 continue
@@ -156,9 +158,11 @@ def score(
     asked, done = recipes(how.comparison(), further), finished(folder)
     options = replace(how.options, genes=task.genes)
     marks = {name: configuration(recipe, how.cells) for name, recipe in asked.items()}
-    new = [name for name, mark in marks.items() if done.get(name, {}).get("configuration") != mark]
+    old = {name for name, mark in marks.items() if done.get(name, {}).get("configuration") == mark}
+    new = [name for name in asked if name not in old or name in how.again]
+    for name in new:
+        _forget(folder / "runs" / name, asked[name], always=name in how.again)
     for name in [name for name in new if name in further] or new[:1]:
-        _forget(folder / "runs" / name, asked[name])
         alone = {name: further[name]} if name in further else {}
         about = {"date": str(datetime.now(UTC).date()), "commit": commit(), "cells": how.cells}
         try:
@@ -170,8 +174,8 @@ def score(
             write_json(folder / "done.json", done)
             continue
         found = _merged(folder, name)
-        # with the first comparison come the anchors
-        scored = [one for one in new if one in found and done.get(one, {}).get("configuration") != marks[one]]
+        scored = [one for one in new if one in found]  # the anchors come with the first comparison
+        new = [one for one in new if one not in scored]
         for one in scored:
             done[one] = {"configuration": marks[one], "scored": True, **about, **_took(folder, one)}
         if name not in found:
@@ -201,20 +205,22 @@ def pooled(folders: Mapping[str, Path]) -> pd.DataFrame:
     """Join the scores of folds; conditions are named ``fold/condition``."""
     tables = []
     for fold, folder in folders.items():
-        table = pd.read_csv(folder / "all_scores.csv")
+        table, done = pd.read_csv(folder / "all_scores.csv"), finished(folder)
+        last = {name for name, note in done.items() if note["scored"]}  # not of an older recipe
+        table = table[table["model"].isin(last | {CEILING})]
         tables.append(table.assign(condition=fold + "/" + table["condition"]))
     scores = pd.concat(tables, ignore_index=True)
     # the ceiling comes last, whatever was scored after it
     return scores.sort_values("model", key=lambda names: names == CEILING, kind="stable", ignore_index=True)
 
 
-def _forget(run: Path, recipe: Recipe) -> None:
-    """Remove a run of another recipe, of which this folder keeps one for each name."""
+def _forget(run: Path, recipe: Recipe, *, always: bool) -> None:
+    """Remove a run of another recipe, since a folder keeps one for each name."""
     if not (run / RECORD).exists():
         return
     record = read_json(run / RECORD)
-    if [record["config"], record["train"]] != plain(recipe):
-        log.info("%s is of another recipe, and is trained again", run)
+    if always or [record["config"], record["train"]] != plain(recipe):
+        log.info("%s is trained again", run)
         shutil.rmtree(run)
 
 

@@ -38,8 +38,9 @@ Commit {commit}, {date}; {machine}. Made by `{command}`: do not edit by hand.
 {origin}
 
 Every model on every screen. **Calibrated scores are 0 for the best simple baseline** ({simple}; the best by
-the mean of that very metric) **and 1 for a replicate**: a random half of the real cells that predicts the
-other half. In brackets stands their 95 % interval, from a bootstrap over the test conditions of all folds. It
+the mean of that very metric) **and 1 for a replicate**, which is what a second experiment of the same size
+would reach as a prediction (see [evaluation](evaluation.md)); its cells are noisy too, so a model can be
+above 1. In brackets stands the 95 % interval, from a bootstrap over the test conditions of all folds. It
 holds for other conditions of the same screen, not for other screens, and not for other draws of the training
 seed: each model is trained once in each fold. Conditions of one screen share cells (control, singles), so
 that intervals are somewhat too narrow. Bold: above 0 with its interval.
@@ -163,6 +164,7 @@ def overview(every: Sequence[Found], order: Sequence[str]) -> str:
             for model in models
             if model != CEILING
         ]
+        rows.append(("*metrics that count*", *(_counting(found, group) for found in scores.values())))
         lines += [f"### {group.capitalize()}, calibrated\n", table(["model", *scores], rows), ""]
     lines.append("### Where a model is not better than the best simple baseline\n")
     lines += [verdict(model, scores) for model in models if model not in (*BASELINES, CEILING)]
@@ -312,6 +314,11 @@ def _calibrated(calibrated: pd.DataFrame, model: str, group: str) -> str:
         return ""
     line = calibrated.loc[(model, group), :]
     return span(line["calibrated"], line["low"], line["high"])
+
+
+def _counting(calibrated: pd.DataFrame, group: str) -> str:
+    """Say how many metrics of a group have room between baseline and replicate."""
+    return f"{calibrated.xs(group, level='group')['metrics'].max()} of {len(GROUPS[group])}"
 
 
 def _correlated(averages: pd.DataFrame, model: str, way: str) -> str:

@@ -145,7 +145,8 @@ def run(task: Task, how: How, further: dict[str, Recipe], ledger: Path) -> None:
     if screen.units != "counts":
         further = {name: recipe for name, recipe in further.items() if not name.startswith("scldm")}
     if task.fallback:
-        baseless = [name for name in further if not has_basis(further[name], screen, folds.values())]
+        options, tests = replace(how.options, genes=task.genes), list(folds.values())
+        baseless = [name for name, one in further.items() if not has_basis(one, screen, tests, options)]
         further = {name: recipe for name, recipe in further.items() if name not in baseless}
         write_json(how.out / task.name / BASELESS, {"models": baseless})
     for fold, split in folds.items():
@@ -174,6 +175,7 @@ def main(arguments: Sequence[str] | None = None, tasks: Sequence[Task] = TASKS) 
         seed=asked.seed,
         steps=asked.steps,
         options=Options(device=asked.device),
+        again=tuple(asked.again),
     )
     further = chosen(asked.models)
     for task in tasks:
@@ -191,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", nargs="+", help="beginnings of the names of tasks; all without it")
     parser.add_argument("--models", nargs="+", default=MODELS, help="the anchors are always there")
+    parser.add_argument("--again", nargs="+", default=(), help="of these, what is there is not used")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of all runs")
     parser.add_argument("--write", type=Path, help="the page to write")
     parser.add_argument("--page-only", action="store_true", help="train and score nothing")

@@ -87,8 +87,9 @@ def score(screen, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "compare", compare)
     monkeypatch.setattr(jobs, "_took", lambda folder, name: {})
 
-    def scored(**further):
-        return list(jobs.score(TINY, tmp_path, screen, split, jobs.How(out=tmp_path), further))
+    def scored(*again, **further):
+        how = jobs.How(out=tmp_path, again=again)
+        return list(jobs.score(TINY, tmp_path, screen, split, how, further))
 
     return scored
 
@@ -107,6 +108,22 @@ def test_what_is_scored_stays_and_only_what_changed_is_scored_again(score, tmp_p
     both = before.merge(jobs.pooled({"42": tmp_path}), on=["model", "condition", "metric"])
     assert len(both) == len(before)
     assert set(both.loc[both["value_x"] != both["value_y"], "model"]) == {"linear"}
+
+
+def test_what_is_asked_for_again_is_made_again(score, tmp_path):
+    linear = {"linear": models.recipe("linear")}
+    score(**linear)
+    assert score("linear", **linear) == ["linear"]
+    assert score("additive", **linear) == ["additive"]
+    values = jobs.pooled({"42": tmp_path}).set_index("model")["value"]
+    assert (values["no_effect"], values["linear"], values["additive"]) == (0, 1, 2)
+
+
+def test_scores_of_an_older_recipe_are_not_shown_where_the_new_one_failed(score, tmp_path):
+    score(linear=models.recipe("linear"))
+    done = jobs.finished(tmp_path)
+    write_json(tmp_path / "done.json", done | {"linear": {"scored": False, "error": "diverged"}})
+    assert "linear" not in set(jobs.pooled({"42": tmp_path})["model"])
 
 
 def test_a_model_that_cannot_be_scored_keeps_nobody_from_it(score, tmp_path):

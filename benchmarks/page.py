@@ -175,9 +175,10 @@ def verdict(model: str, scores: Mapping[str, pd.DataFrame]) -> str:
     """Say where a model is better than the best simple baseline with its interval, and where it is not."""
     lines = []
     for group in ("mean metrics", "distribution metrics"):
-        better, level, worse, untold = [], [], [], []
+        better, level, worse, untold, none = [], [], [], [], []
         for task, calibrated in scores.items():
             if (model, group) not in calibrated.index:
+                none.append(task)
                 continue
             line = calibrated.loc[(model, group), :]
             if pd.isna(line["low"]):
@@ -193,10 +194,11 @@ def verdict(model: str, scores: Mapping[str, pd.DataFrame]) -> str:
                 ("**not better** (within its interval)", level),
                 ("**worse**", worse),
                 ("no room to tell", untold),
+                ("no scores", none),
             )
             if where
         ]
-        lines.append(f"  - {group}: {'; '.join(said) or 'not scored'}.")
+        lines.append(f"  - {group}: {'; '.join(said)}.")
     return "\n".join([f"- `{model}`", *lines])
 
 

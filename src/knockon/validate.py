@@ -15,7 +15,7 @@ from knockon.types import CellSets, Label, Spec
 
 CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
-CELLS = 128
+CELLS = 64
 """Cells of a condition that a choice looks at, at most."""
 BATCHES = 8
 """Batches that a validation by the loss takes."""

@@ -22,7 +22,9 @@ def build(spec: Spec = SPEC, **switches: object) -> scdfm.SCDFM:
     rng = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = replace(SMALL, **{"width": 16, "anchored_base": False, "pulled": False} | switches).build(spec)
+        model = replace(SMALL, **{"width": 16, "anchored_base": False, "pulled": False} | switches).build(
+            spec
+        )
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     return model

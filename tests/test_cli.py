@@ -48,11 +48,15 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in COMMANDS)
 
 
+def test_without_a_name_the_recommended_model_is_trained(folder: Path, tmp_path: Path) -> None:
+    main(["train", "--data", f"{folder}/tiny.h5ad", "--out", f"{tmp_path}/run"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["model"] == "ripple"
+
+
 @pytest.mark.parametrize("command", [*COMMANDS])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [command, "scdfm", "--help"] if command == "train" else [command, "--help"]
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main([command, "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: knockon {command}" in shown

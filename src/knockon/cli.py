@@ -110,12 +110,16 @@ class Split(Command):
         say(f"{self.out}: {counts} conditions")
 
 
+RECOMMENDED = "ripple"
+"""The model that is trained where none is named."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train(Command):
     """Train one model."""
 
     name: Positional[Annotated[str, arg(metavar="MODEL")]]
-    """The model; `knockon train` alone lists them."""
+    """The model, `ripple` without one; `knockon train` alone lists them."""
     data: Path
     """A screen: .h5ad or .zarr."""
     out: Path
@@ -139,9 +143,11 @@ class Train(Command):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("name", nargs="?")
         first.add_argument("--preset", default="default")
-        known, _ = first.parse_known_args([*arguments[:1], *_option(arguments, "--preset")])
-        if known.name is None or known.name.startswith("-"):
+        if not arguments:
             raise UserError("No model", expected="one of " + ", ".join(models.names()), mend="name it first")
+        if arguments[0].startswith("-"):
+            arguments = [RECOMMENDED, *arguments]
+        known, _ = first.parse_known_args([*arguments[:1], *_option(arguments, "--preset")])
         recipe = models.recipe(known.name, known.preset)
         defaults = [
             (name, type(value), dataclasses.field(default=value))

@@ -35,7 +35,7 @@ log = logging.getLogger("knockon")
 class Comparison:
     """How models are compared."""
 
-    models: tuple[str, ...] = (*BASELINES, "scdfm")
+    models: tuple[str, ...] = (*BASELINES, "ripple")
     """Names, or name:preset; the simple baselines are added where they are missing."""
     cells: int = 256
     """Predicted cells of each condition."""

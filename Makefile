@@ -15,11 +15,11 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: setup  ## A simulated screen, scDFM and the baselines, held-out doubles predicted, scored and reported.
+demo: setup  ## A simulated screen; ripple, scDFM and the baselines trained; held-out doubles predicted, scored, reported.
 	$(BIN)/knockon simulate $(DEMO)/screen.h5ad --preset demo --seed 0
 	$(BIN)/knockon inspect $(DEMO)/screen.h5ad
 	$(BIN)/knockon compare --data $(DEMO)/screen.h5ad --split additive \
-		--models no_effect mean_shift additive linear nearest scdfm --cells 128 --out $(DEMO)/comparison
+		--models additive shrunken_additive linear nearest response_surface ripple scdfm --cells 128 --out $(DEMO)/comparison
 	$(BIN)/knockon report $(DEMO)/comparison --out $(DEMO)/report.html
 
 check: setup

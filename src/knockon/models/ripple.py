@@ -86,7 +86,9 @@ class Ripple(Model):
         genes = len(spec.genes)
         self.anchor = _anchor(config, spec)
         self.donors = Donors(genes)
-        self._held: tuple[Donors, ...] = ()  # no part of the weights: only training needs it
+        # what follows is no part of the weights: only training needs it
+        self._held: tuple[Donors, ...] = ()
+        self._expected: Tensor | None = None
         self.register_buffer("mean", torch.zeros(0, genes))
         self.register_buffer("context", torch.zeros(0, len(spec.covariates), dtype=torch.long))
         self.register_buffer("dispersion", torch.ones(genes))
@@ -95,6 +97,7 @@ class Ripple(Model):
     def fit_statistics(self, train: "Screen") -> None:
         """Fit the anchor, and keep cells of every population, control cells among them."""
         self.anchor.fit_statistics(train)
+        self._held, self._expected = (), None
         labels = (*train.conditions, *train.controls)
         means, device = train.means(), self.mean.device
         self.mean = torch.from_numpy(np.stack([means[x] for x in labels]).astype(np.float32)).to(device)
@@ -151,10 +154,15 @@ class Ripple(Model):
 
     def expect(self, condition: Condition, *, held_out: bool = False) -> Float[Tensor, "sets genes"]:
         """Predict means, log1p; with ``held_out``, as if training conditions had not been measured."""
+        mean = self.anchor.mean(condition)
         if not held_out:
-            return self.anchor.mean(condition)
+            return mean
         assert isinstance(self.anchor, response_surface.ResponseSurface)
-        return self.anchor.held_out(condition)
+        if self._expected is None:
+            with torch.no_grad():
+                self._expected = self.anchor.held_out(self.anchor.effects.measured)
+        rows = self.anchor.rows_of(condition)
+        return torch.where(rows.any(1, keepdim=True), self._expected.to(mean)[rows.int().argmax(1)], mean)
 
     def pull(
         self, cells: Float[Tensor, "sets cells genes"], condition: Condition, weight: float, noise: Noise

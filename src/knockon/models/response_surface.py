@@ -15,7 +15,7 @@ from knockon.dynamics.shrinkage import denoise
 from knockon.model import ModelConfig, Recipe
 from knockon.models._embedding import Neighbors
 from knockon.nn.surface import Surface
-from knockon.types import Condition, Spec
+from knockon.types import Condition, Spec, UserError
 
 EXAMPLES = 400_000
 """Values (conditions x genes) that a surface is fitted to at most, drawn at random."""
@@ -49,7 +49,20 @@ class Config(ModelConfig):
     """Standard deviation of their frequencies."""
 
     def build(self, spec: Spec) -> "ResponseSurface":
-        """Make the model."""
+        """Make the model.
+
+        Raises
+        ------
+        UserError
+            If an option has no meaning.
+        """
+        least = {"noise": 0, "neighbors": 0, "temperature": 1e-6, "components": 1, "cosines": 1, "width": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise UserError(
+                    f"{name} of response_surface", offenders=[value], expected=f"at least {bound}"
+                )
         return ResponseSurface(self, spec)
 
 

@@ -55,10 +55,12 @@ class Config(ModelConfig):
         Raises
         ------
         UserError
-            If it would keep no cells.
+            If it would keep no cells, or an option has no meaning.
         """
-        if self.kept < 1:
-            raise UserError("kept of ripple", offenders=[self.kept], expected="at least 1")
+        for name, bound in {"kept": 1, "populations": 0, "still": 0}.items():
+            value = getattr(self, name)
+            if not value >= bound:
+                raise UserError(f"{name} of ripple", offenders=[value], expected=f"at least {bound}")
         return Ripple(self, spec)
 
 
@@ -203,7 +205,7 @@ class Ripple(Model):
         mean: Float[Tensor, "sets genes"],
         without: Bool[Tensor, "sets populations"] | None,
     ) -> Float[Tensor, "sets cells genes"]:
-        weights = self._nearest(mean, condition, without)
+        weights, mean = self._nearest(mean, condition, without), mean.to(control.dtype)
         treated = (condition.perturbation > 0).any(1).tolist()
         made = [
             self._draw(control[i], mean[i], weights[i], rng) if treated[i] else control[i]

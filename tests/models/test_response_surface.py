@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from knockon.data.screen import Screen
 from knockon.models import additive, response_surface
@@ -213,6 +214,19 @@ def test_held_out_predictions_tell_what_new_doubles_will_be_like(make_screen) ->
     new = np.square(predict(model, *gone) - [truth[x] for x in gone]).mean()
     old = np.square(held_out(model, *kept) - [truth[x] for x in kept]).mean()
     assert old == pytest.approx(new, rel=0.5)
+
+
+def test_company_does_not_matter(make_screen) -> None:
+    """What varies by rounding only, as the difference between contexts where there is one, is no feature."""
+    cells, _ = world(bent=True, noise=0.2)
+    few = {x: y for x, y in cells.items() if "p9" not in x.perturbations or len(x.perturbations) > 1}
+    draw = np.random.default_rng(0)
+    model = fit(SMALL, make_screen(few), (), {name: draw.normal(size=4) for name in NAMES})
+    assert model.guess.weight.any()
+    assert model.combine.weight.any()
+    asked = model.effects.measured
+    alone = torch.cat([model.held_out(asked[i : i + 1]) for i in range(len(asked))])
+    torch.testing.assert_close(model.held_out(asked), alone, atol=1e-5, rtol=0)
 
 
 def test_a_condition_that_only_its_own_cells_tell_of_is_held_out_as_control(make_screen) -> None:

@@ -119,7 +119,11 @@ def test_units_of_features_do_not_matter() -> None:
 def test_a_feature_that_never_varies_is_harmless() -> None:
     features, _ = examples(0)
     features[:, 2] = 4.0
-    assert error(fitted(features, bend(features)), features) < 0.1
+    surface = fitted(features, bend(features))
+    assert error(surface, features) < 0.1
+    before = surface(features)
+    features[:, 2] = 5.0  # nothing is known of what it does
+    torch.testing.assert_close(surface(features), before)
 
 
 def test_few_groups_give_no_surface_and_none_is_left_of_an_earlier_fit() -> None:

@@ -12,15 +12,18 @@ FOLDS = 4
 """Parts that conditions are divided into, to choose the penalty by those left out."""
 LINEAR = 0.1
 """Weight of the linear part among the features of the ridge."""
+ROUNDING = 1e-5
+"""Standard deviation up to which a feature counts as constant."""
 BLOCK = 32_768
-"""Rows that are held dense at a time."""
+"""Rows whose cosines are held at a time."""
 
 
 class Surface(nn.Module):
     """Ridge regression on random cosines of features [rahimi2007], and on the features themselves.
 
-    Features are standardized and their size is taken on a logarithmic scale. The penalty is the one that
-    predicts left-out groups best; where none predicts them better than zero does, the surface is zero.
+    Features, which are of order 1, are standardized and their size is taken on a logarithmic scale; one that
+    did not vary among the examples makes no difference. The penalty is the one that predicts left-out groups
+    best; where none predicts them better than zero does, the surface is zero.
 
     Parameters
     ----------
@@ -69,7 +72,9 @@ class Surface(nn.Module):
         fold = group % FOLDS
         if len(group.unique()) < FOLDS:
             return
-        self.center, self.scale = features.mean(0), features.std(0).clamp_min(1e-6)
+        self.center, scale = features.mean(0), features.std(0)
+        # of what varies by rounding only nothing is known
+        self.scale = torch.where(scale > ROUNDING * features.abs().amax(0).clamp_min(1), scale, torch.inf)
         precision = precision / precision.mean()
         terms = self.weight.shape[1]
         gram = torch.zeros(FOLDS, terms, terms, dtype=torch.float64)
@@ -99,9 +104,12 @@ class Surface(nn.Module):
         """Evaluate the surface, or for each set the one that was fitted without a fold."""
         if not self.weight.any():
             return torch.zeros_like(features[..., 0])
+        weight = self.weight[-1:] if fold is None else self.weight[:FOLDS]
+        blocks = features.flatten(0, -2).split(BLOCK)
+        found = torch.cat([self._terms(x) @ weight.T for x in blocks]).unflatten(0, features.shape[:-1])
         if fold is None:
-            return self._terms(features) @ self.weight[-1]
-        return (self._terms(features) @ self.weight[fold % FOLDS].unsqueeze(-1)).squeeze(-1)
+            return found[..., 0]
+        return found.take_along_dim((fold % FOLDS)[..., None, None], -1).squeeze(-1)
 
     def _terms(self, features: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows terms"]:
         z = (features - self.center) / self.scale

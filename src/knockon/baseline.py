@@ -154,7 +154,7 @@ class MeasuredEffects(ConditionTable):
     ) -> Bool[Tensor, "sets *slots rows"]:
         """Restrict to the asked context, where it has any of the rows."""
         here = _same_context(covariates, self.covariates)
-        here = found & here.reshape(len(here), *(1,) * (found.ndim - 2), -1)
+        here = found & here.reshape(len(here), *(1,) * (found.ndim - 2), here.shape[1])
         return torch.where(here.any(-1, keepdim=True), here, found)
 
 

@@ -1,7 +1,7 @@
 """Response surface: what genes do in general corrects what measured effects say of a new condition."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,15 @@ from knockon.nn.surface import Surface
 from knockon.types import Condition, Spec, UserError
 
 EXAMPLES = 400_000
-"""Values (conditions x genes) that a surface is fitted to at most, drawn at random."""
+"""Values (conditions x genes) that a surface is fitted to at most, of genes drawn at random."""
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of noise that are tried."""
 HALVINGS = 2
 """Random halvings that they are tried on."""
+BLOCK = 64
+"""Conditions whose features are held at a time while surfaces are fitted."""
+ROUNDED = 1 - 1e-5
+"""What is left of a mean square when the square of the mean is taken off, so that rounding leaves nothing."""
 FEW = 0.05
 """Normalized counts that are added before a ratio of two expressions is taken."""
 
@@ -137,7 +141,7 @@ class ResponseSurface(MeanModel):
         self.doubt = torch.from_numpy(rows * genes.sum()).float()
         self.apart = self._compare_contexts(asked, raw)
         if self.config.curved:
-            self._fit_surfaces(asked, raw, torch.from_numpy(np.outer(rows, genes).astype(np.float32)))
+            self._fit_surfaces(asked, raw)
 
     def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
         """Estimate the effect by what is best known."""
@@ -170,16 +174,18 @@ class ResponseSurface(MeanModel):
     def _respond(self, condition: Condition, without: "Without") -> Float[Tensor, "sets genes"]:
         fold = None if without is None else self.treatment[without.int().argmax(1)]
         weights = self.effects.exact(condition, without)
+        measured = (weights > 0).any(-1)
         whole = self._estimate(condition, weights, self.carry, fold)
-        if (weights > 0).any(-1).all():
+        if measured.all():
             return whole
         parts = self._parts(condition, without, fold)
-        combined = parts.sum(1)
-        several = ((condition.perturbation > 0).sum(-1) > 1) & self._familiar(condition)
-        if several.any() and self.config.curved:
-            correction = self.combine(self._about_parts(condition, parts), fold)
-            combined = combined + torch.where(several[:, None], self._live(correction), 0)
-        return torch.where((weights > 0).any(-1, keepdim=True), whole, combined)
+        several = ((condition.perturbation > 0).sum(-1) > 1) & self._familiar(condition) & ~measured
+        some, combined = several.nonzero().flatten(), parts.sum(1)
+        if self.config.curved and len(some):
+            about = self._about_parts(condition[some], parts[some])
+            correction = self.combine(about, None if fold is None else fold[some])
+            combined = combined.index_add(0, some, self._live(correction))
+        return torch.where(measured[:, None], whole, combined)
 
     def _parts(
         self, condition: Condition, without: "Without", fold: Int[Tensor, "sets"] | None
@@ -191,10 +197,8 @@ class ResponseSurface(MeanModel):
         for slot in range(alone.shape[1]):
             measured = self._estimate(condition, alone[:, slot], self.carry, fold)
             missing = (alone[:, slot] == 0).all(-1) & (condition.perturbation[:, slot] > 0)
-            if missing.any():
-                guessed = self._estimate(condition, near[:, slot], self.guess, fold, always=True)
-                measured = torch.where(missing[:, None], guessed, measured)
-            found.append(measured)
+            stand_in = near[:, slot] * missing[:, None]
+            found.append(measured + self._estimate(condition, stand_in, self.guess, fold, always=True))
         return torch.stack(found, dim=1)
 
     def _estimate(
@@ -212,12 +216,14 @@ class ResponseSurface(MeanModel):
         plain = self.effects(weights)
         there = (weights > 0) & (self.rows_in != here[:, None])
         corrected = (weights > 0).any(-1) if always else there.any(-1)
-        if not (self.config.curved and corrected.any()):
+        some = corrected.nonzero().flatten()
+        if not (self.config.curved and len(some)):
             return plain
-        about = self._about(here, weights)
-        strange = torch.zeros_like(plain) if always else self.venture(about)
-        correction = torch.where(self._familiar(condition)[:, None], surface(about, fold), strange)
-        return plain + torch.where(corrected[:, None], self._live(correction), 0)
+        about = self._about(here[some], weights[some])
+        strange = torch.zeros_like(about[..., 0]) if always else self.venture(about)
+        familiar = surface(about, None if fold is None else fold[some])
+        correction = torch.where(self._familiar(condition[some])[:, None], familiar, strange)
+        return plain.index_add(0, some, self._live(correction))
 
     def _familiar(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Whether training has effects in the context of each condition."""
@@ -245,7 +251,7 @@ class ResponseSurface(MeanModel):
                 scaled,
                 control,
                 there - control,
-                (square - estimate.square()).clamp_min(0).sqrt(),
+                (ROUNDED * square - estimate.square()).clamp_min(0).sqrt(),
                 self.response[0] * every,
                 self.response[1] * every,
                 self.spread * every,
@@ -283,50 +289,70 @@ class ResponseSurface(MeanModel):
             dim=-1,
         )
 
-    def _fit_surfaces(
-        self, asked: Condition, raw: Float[Tensor, "rows genes"], noise: Float[Tensor, "rows genes"]
-    ) -> None:
+    def _fit_surfaces(self, asked: Condition, raw: Float[Tensor, "rows genes"]) -> None:
         """Fit each surface to what its simple estimate misses of training conditions held out."""
         itself = self.rows_of(asked)
-        touching = (asked.perturbation[:, None, :, None] == asked.perturbation[None, :, None]) & (
-            asked.perturbation[:, None, :, None] > 0
-        )
         slots = (asked.perturbation > 0).sum(1)
-        carried = self._by_likeness(self.effects.exact(asked, itself), self.rows_in)
-        near = self.neighbors.weigh(self.effects, asked, touching.any((-1, -2)))[:, 0]
-        guessed = self._by_likeness(near, self.rows_in)
-        missed = Missed(raw, noise)
-        for surface, weights, some, group in (
+
+        def carried(some: Int[Tensor, "sets"]) -> Float[Tensor, "sets rows"]:
+            return self.effects.exact(asked[some], itself[some])
+
+        def guessed(some: Int[Tensor, "sets"]) -> Float[Tensor, "sets rows"]:
+            touching = (asked.perturbation[some, :1, None] == asked.perturbation).any(-1)
+            return self.neighbors.weigh(self.effects, asked[some], touching)[:, 0]
+
+        def added(some: Int[Tensor, "sets"]) -> Estimate:
+            parts = self._parts(asked[some], itself[some], None)
+            return parts.sum(1), self._about_parts(asked[some], parts)
+
+        for surface, weigh, some, group in (
             (self.carry, carried, slots > 0, self.treatment),
             (self.venture, carried, slots > 0, self.rows_in),
             (self.guess, guessed, slots == 1, self.treatment),
         ):
-            rows = ((weights > 0).any(-1) & some).nonzero().flatten()
-            if len(rows):
-                here, share = self.rows_in[rows], weights[rows]
-                left = missed.beside(rows, self.effects(share))
-                self._fit(surface, self._about(here, share), left, group[rows])
-        measured = self.effects.single(asked, itself).any(-1) | (asked.perturbation == 0)
-        rows = (measured.all(-1) & (slots > 1)).nonzero().flatten()
-        if len(rows):
-            parts = self._parts(asked[rows], itself[rows], None)
-            left = missed.beside(rows, parts.sum(1))
-            self._fit(self.combine, self._about_parts(asked[rows], parts), left, self.treatment[rows])
+            rows = some.nonzero().flatten()
+            found = torch.cat([(weigh(x) > 0).any(-1) for x in rows.split(BLOCK)])
+            self._fit(surface, raw, rows[found], group, self._weighed(weigh))
+        rows = (slots > 1).nonzero().flatten()
+        measured = torch.cat([self.effects.single(asked[x], itself[x]).any(-1) for x in rows.split(BLOCK)])
+        whole = (measured | (asked.perturbation[rows] == 0)).all(-1)
+        self._fit(self.combine, raw, rows[whole], self.treatment, added)
+
+    def _weighed(
+        self, weigh: Callable[[Int[Tensor, "sets"]], Float[Tensor, "sets rows"]]
+    ) -> Callable[[Int[Tensor, "sets"]], "Estimate"]:
+        def estimate(some: Int[Tensor, "sets"]) -> Estimate:
+            weights = self._by_likeness(weigh(some), self.rows_in[some])
+            return self.effects(weights), self._about(self.rows_in[some], weights)
+
+        return estimate
 
     def _fit(
         self,
         surface: Surface,
-        about: Float[Tensor, "sets genes features"],
-        missed: tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes"]],
-        group: Int[Tensor, "sets"],
+        raw: Float[Tensor, "rows genes"],
+        rows: Int[Tensor, "some"],
+        group: Int[Tensor, "rows"],
+        estimate: Callable[[Int[Tensor, "sets"]], "Estimate"],
     ) -> None:
-        target, precision = missed
-        live = (self.spread > 0).expand_as(target).flatten().nonzero().flatten()
-        if len(live) > EXAMPLES:
-            rng = torch.Generator().manual_seed(0)
-            live = live[torch.randperm(len(live), generator=rng)[:EXAMPLES]]
-        group = group[:, None].expand_as(target).flatten()[live]
-        surface.fit(about.flatten(0, 1)[live], target.flatten()[live], precision.flatten()[live], group)
+        """Fit a surface to what estimates of some measured effects miss."""
+        live = (self.spread > 0).nonzero().flatten()
+        if not (len(rows) and len(live)):
+            return
+        each = min(len(live), -(-EXAMPLES // len(rows)))
+        rng = torch.Generator().manual_seed(0)
+        features, target, noise = [], [], []
+        for some in rows.split(BLOCK):
+            genes = live.expand(len(some), -1)
+            if each < len(live):
+                genes = live[torch.rand(genes.shape, generator=rng).argsort(1)[:, :each].to(live.device)]
+            plain, about = estimate(some)
+            features.append(about.take_along_dim(genes[..., None], 1).flatten(0, 1))
+            target.append((raw[some] - plain).take_along_dim(genes, 1).flatten())
+            noise.append((self.doubt[some, None] * self.spread[genes].square()).flatten())
+        doubt = torch.cat(noise) / self.spread.square().sum()
+        precision = 1 / (doubt + doubt.median())
+        surface.fit(torch.cat(features), torch.cat(target), precision, group[rows].repeat_interleave(each))
 
     def _live(self, correction: Float[Tensor, "sets genes"]) -> Float[Tensor, "sets genes"]:
         """Leave genes alone that no cell has."""
@@ -355,19 +381,8 @@ Without = Bool[Tensor, "sets rows"] | None
 """Rows of measured effects that do not count for each set."""
 
 
-class Missed(NamedTuple):
-    """Measured effects and the variance of their noise."""
-
-    raw: Float[Tensor, "rows genes"]
-    noise: Float[Tensor, "rows genes"]
-
-    def beside(
-        self, rows: Int[Tensor, "sets"], estimate: Float[Tensor, "sets genes"]
-    ) -> tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes"]]:
-        """Say what estimates of some rows miss, and with which precision."""
-        noise = self.noise[rows]
-        live = noise[noise > 0]
-        return self.raw[rows] - estimate, 1 / (noise + (live.median() if len(live) else 1.0))
+Estimate = tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes features"]]
+"""What is expected of some training conditions, and what is known of each gene there."""
 
 
 def _noise_by_halves(train: Screen, genes: Float[np.ndarray, "genes"]) -> float:

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knockon.baseline import MeanModel
+from knockon.data.graph import moments
 from knockon.data.screen import Screen
 from knockon.model import ModelConfig, Recipe
 from knockon.models import additive
@@ -54,9 +56,8 @@ class ShrunkenAdditive(MeanModel):
             sums, found = effects(single[whole].sum(1)), effects.effect[whole]
             slope = (sums * found).sum() / sums.square().sum().clamp_min(1e-12)
         else:
-            alone = (slots == 1).nonzero().flatten().tolist()
-            noise = sum(_noise(train, i) for i in alone)
-            slope = 1 - noise / effects.effect[alone].square().sum().clamp_min(1e-12)
+            alone = slots == 1
+            slope = 1 - _noise(train, alone) / effects.effect[alone].square().sum().clamp_min(1e-12)
         self.factor.copy_(torch.as_tensor(slope).clamp(0, 1))
 
     def effect(self, condition: Condition) -> Float[Tensor, "sets genes"]:
@@ -70,11 +71,17 @@ class ShrunkenAdditive(MeanModel):
         return self.additive.knows(condition)
 
 
-def _noise(train: Screen, row: int) -> float:
-    """Expect the squared length of the noise of a measured effect."""
-    label = train.conditions[row]
-    sides = train.cells_of(label), train.gather(train.control_rows(label))
-    return sum(float(x.var(axis=0, ddof=1).sum() / len(x)) for x in sides if len(x) > 1)
+def _noise(train: Screen, alone: Bool[Tensor, "rows"]) -> float:
+    """Expect the squared length of the noise of measured effects, of all these conditions together."""
+    contexts = {label.control(): train.control_rows(label) for label in train.conditions}
+    shared = {control: _doubt(train, rows) for control, rows in contexts.items()}
+    some = [label for label, single in zip(train.conditions, alone.tolist(), strict=True) if single]
+    return sum(_doubt(train, train.rows[label]) + shared[label.control()] for label in some)
+
+
+def _doubt(train: Screen, rows: Int[np.ndarray, "cells"]) -> float:
+    """Expect the squared length of the noise of a mean over cells; a single cell tells nothing of it."""
+    return float(np.square(moments(train.matrix, rows)[1]).sum() / len(rows))
 
 
 def default() -> Recipe:

@@ -8,6 +8,7 @@ import torch
 
 from knockon.data.screen import Screen
 from knockon.models import additive, response_surface
+from knockon.nn.surface import FOLDS
 from knockon.types import Label, UserError
 
 GENES = 40
@@ -184,6 +185,23 @@ def test_doses_are_interpolated_in_their_logarithm(make_screen, dose: float, sha
     np.testing.assert_allclose(predict(model, Label.of(["A"], [dose]))[0], base + share * effect, rtol=1e-4)
 
 
+def test_doses_of_many_cells_weigh_no_more_between_doses(make_screen) -> None:
+    base, effect = np.full(GENES, 3.0), np.linspace(-1, 1, GENES)
+    cells = {Label(): around(base), Label.of(["A"], [1.0]): around(base)}
+    cells[Label.of(["A"], [100.0])] = np.tile(around(base + effect), (50, 1))
+    model = fit(EXACT, make_screen(cells))
+    np.testing.assert_allclose(predict(model, Label.of(["A"], [10.0]))[0], base + effect / 2, rtol=1e-4)
+
+
+def test_folds_have_equally_many_combinations_whatever_their_order(make_screen) -> None:
+    cells, _ = world(bent=False)
+    singles, pairs = ([x for x in cells if len(x.perturbations) == n] for n in (1, 2))
+    order = [x for i in range(3) for x in (*singles[3 * i : 3 * i + 3], pairs[i])] + [Label()]
+    model = fit(EXACT, make_screen({label: cells[label] for label in order}))
+    several = (model.effects.perturbation > 0).all(1)
+    assert len((model.treatment[several] % FOLDS).unique()) == 3
+
+
 def test_held_out_doubles_are_the_sum_of_their_parts_and_not_what_was_measured(make_screen) -> None:
     cells, truth = world(bent=True)
     model = fit(dataclasses.replace(EXACT, curved=False), make_screen(cells))
@@ -219,14 +237,16 @@ def test_held_out_predictions_tell_what_new_doubles_will_be_like(make_screen) ->
 def test_company_does_not_matter(make_screen) -> None:
     """What varies by rounding only, as the difference between contexts where there is one, is no feature."""
     cells, _ = world(bent=True, noise=0.2)
-    few = {x: y for x, y in cells.items() if "p9" not in x.perturbations or len(x.perturbations) > 1}
     draw = np.random.default_rng(0)
-    model = fit(SMALL, make_screen(few), (), {name: draw.normal(size=4) for name in NAMES})
+    vectors = {name: draw.normal(size=4) for name in NAMES}
+    gone = tuple(Label.of([name]) for name in NAMES[7:])
+    model = fit(SMALL, make_screen(cells), gone, vectors)
     assert model.guess.weight.any()
     assert model.combine.weight.any()
-    asked = model.effects.measured
-    alone = torch.cat([model.held_out(asked[i : i + 1]) for i in range(len(asked))])
-    torch.testing.assert_close(model.held_out(asked), alone, atol=1e-5, rtol=0)
+    asked = model.spec.encode([*cells, *(Label.of([name]) for name in NAMES)])
+    for answer in (model.held_out, model.mean):
+        alone = torch.cat([answer(asked[i : i + 1]) for i in range(len(asked))])
+        torch.testing.assert_close(answer(asked), alone, atol=1e-5, rtol=0)
 
 
 def test_a_condition_that_only_its_own_cells_tell_of_is_held_out_as_control(make_screen) -> None:

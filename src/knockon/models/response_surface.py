@@ -125,7 +125,10 @@ class ResponseSurface(MeanModel):
         self.neighbors.fit(train)
         raw, asked = self.effects.effect, self.effects.measured
         self.rows_in = self._population(asked)
-        self.treatment = asked.same_treatment(asked).int().argmax(1).unique(return_inverse=True)[1]
+        # in the order of their size, so that folds have equally many combinations
+        sizes = (asked.perturbation > 0).sum(1)
+        treatments = sizes * len(sizes) + asked.same_treatment(asked).int().argmax(1)
+        self.treatment = treatments.unique(return_inverse=True)[1]
         # the noise of control cells, which all effects share, cancels in the mean of a single
         rows = 1 / np.array([len(train.rows[label]) for label in train.conditions])
         variances = [np.square(moments(train.matrix, train.rows[label])[1]) for label in train.rows]
@@ -212,10 +215,11 @@ class ResponseSurface(MeanModel):
     ) -> Float[Tensor, "sets genes"]:
         """Weigh measured effects, and correct them where they are of other contexts, or always."""
         here = self._population(condition)
-        weights = self._by_likeness(weights, here)
-        plain = self.effects(weights)
         there = (weights > 0) & (self.rows_in != here[:, None])
         corrected = (weights > 0).any(-1) if always else there.any(-1)
+        # what was measured here needs no weights but those between its doses
+        weights = torch.where(corrected[:, None], self._by_likeness(weights, here), weights)
+        plain = self.effects(weights)
         some = corrected.nonzero().flatten()
         if not (self.config.curved and len(some)):
             return plain
@@ -371,7 +375,10 @@ class ResponseSurface(MeanModel):
         squared = torch.cdist(mean, mean).square()
         there = self.rows_in[:, None] != self.rows_in
         both = (asked.same_treatment(asked) & there).nonzero().unbind(1)
-        differ = (raw[both[0]] - raw[both[1]]).square().sum(1) - self.doubt[both[0]] - self.doubt[both[1]]
+        pairs = zip(both[0].split(BLOCK), both[1].split(BLOCK), strict=True)
+        differ = torch.cat(
+            [(raw[x] - raw[y]).square().sum(1) - self.doubt[x] - self.doubt[y] for x, y in pairs]
+        )
         beside = squared[self.rows_in[both[0]], self.rows_in[both[1]]]
         slope = (differ @ beside) / beside.square().sum().clamp_min(1e-12)
         return slope.clamp_min(0) * squared

@@ -36,7 +36,7 @@ class PulledModel(Model):
     def __init__(self, spec: Spec, *, anchored: bool, pulled: bool) -> None:
         super().__init__(spec)
         self.pulled = pulled
-        self.ripple = Config().build(spec) if anchored or pulled else None
+        self.ripple = Config(missing="mean").build(spec) if anchored or pulled else None
         self.register_buffer("weight", torch.ones(()))
 
     @abstractmethod

@@ -2,27 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knockon.baseline import MeanModel, MeasuredEffects
+from knockon.baseline import MeanModel, MeasuredEffects, first_found
 from knockon.data.graph import moments
 from knockon.data.screen import Screen
 from knockon.dynamics.shrinkage import denoise
 from knockon.model import ModelConfig, Recipe
 from knockon.models._embedding import Neighbors
+from knockon.models._halves import share_by_halves
 from knockon.nn.surface import Surface
 from knockon.types import Condition, Spec, UserError
 
 EXAMPLES = 400_000
 """Values (conditions x genes) that a surface is fitted to at most, of genes drawn at random."""
-SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Shares of noise that are tried."""
-HALVINGS = 2
-"""Random halvings that they are tried on."""
 BLOCK = 64
 """Conditions whose features are held at a time while surfaces are fitted."""
 ROUNDED = 1 - 1e-5
@@ -35,6 +33,9 @@ FEW = 0.05
 class Config(ModelConfig):
     """What is done to measured effects, and how a surface is shaped."""
 
+    missing: Literal["refuse", "mean"] = "refuse"
+    """A perturbation that was never measured alone and has no vector: refuse it, or let the mean over all
+    measured effects stand in for those of its neighbors."""
     noise: float | None = None
     """Share of the variance of a mean, given its cells, that is taken out of measured effects as noise
     (``knockon.dynamics.shrinkage``): small effects of many genes look like noise. 0 takes out none; without
@@ -134,7 +135,7 @@ class ResponseSurface(MeanModel):
         variances = [np.square(moments(train.matrix, train.rows[label])[1]) for label in train.rows]
         weights = np.array([len(train.rows[label]) for label in train.rows])
         genes = np.average(variances, axis=0, weights=weights)
-        noise = _noise_by_halves(train, genes) if self.config.noise is None else self.config.noise
+        noise = share_by_halves(train, genes) if self.config.noise is None else self.config.noise
         if noise:
             clean = denoise(raw.double().numpy(), noise * rows, genes)
             self.effects.effect = torch.from_numpy(clean.astype(np.float32))
@@ -171,7 +172,7 @@ class ResponseSurface(MeanModel):
     def _knows(self, condition: Condition, without: "Without") -> Bool[Tensor, "sets"]:
         exact = self.effects.exact(condition, without).any(-1)
         single = self.effects.single(condition, without).any(-1)
-        near = self.neighbors.weigh(self.effects, condition, without).any(-1)
+        near = self._near(condition, without).any(-1)
         return exact | (single | near | (condition.perturbation == 0)).all(-1)
 
     def _respond(self, condition: Condition, without: "Without") -> Float[Tensor, "sets genes"]:
@@ -195,7 +196,7 @@ class ResponseSurface(MeanModel):
     ) -> Float[Tensor, "sets slots genes"]:
         """Estimate the effect of each perturbation alone."""
         alone = self.effects.single(condition, without)
-        near = self.neighbors.weigh(self.effects, condition, without)
+        near = self._near(condition, without)
         found = []
         for slot in range(alone.shape[1]):
             measured = self._estimate(condition, alone[:, slot], self.carry, fold)
@@ -203,6 +204,14 @@ class ResponseSurface(MeanModel):
             stand_in = near[:, slot] * missing[:, None]
             found.append(measured + self._estimate(condition, stand_in, self.guess, fold, always=True))
         return torch.stack(found, dim=1)
+
+    def _near(self, condition: Condition, without: "Without") -> Float[Tensor, "sets slots rows"]:
+        """Weigh what stands in for each perturbation where it was not measured."""
+        near = self.neighbors.weigh(self.effects, condition, without)
+        if self.config.missing == "refuse":
+            return near
+        average = self.effects.average(condition, without).unsqueeze(1)
+        return first_found(near, average * (condition.perturbation > 0).unsqueeze(-1))
 
     def _estimate(
         self,
@@ -303,7 +312,7 @@ class ResponseSurface(MeanModel):
 
         def guessed(some: Int[Tensor, "sets"]) -> Float[Tensor, "sets rows"]:
             touching = (asked.perturbation[some, :1, None] == asked.perturbation).any(-1)
-            return self.neighbors.weigh(self.effects, asked[some], touching)[:, 0]
+            return self._near(asked[some], touching)[:, 0]
 
         def added(some: Int[Tensor, "sets"]) -> Estimate:
             parts = self._parts(asked[some], itself[some], None)
@@ -390,28 +399,6 @@ Without = Bool[Tensor, "sets rows"] | None
 
 Estimate = tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes features"]]
 """What is expected of some training conditions, and what is known of each gene there."""
-
-
-def _noise_by_halves(train: Screen, genes: Float[np.ndarray, "genes"]) -> float:
-    """Find the share of the noise with which halves of conditions predict the other halves best."""
-    draw, means = np.random.default_rng(0), train.means()
-    labels = [label for label in train.conditions if len(train.rows[label]) > 1]
-    if not labels:
-        return 1.0
-    errors = np.zeros(len(SHARES))
-    for _ in range(HALVINGS):
-        first, second, rows = [], [], []
-        for label in labels:
-            control = means.get(label.control(), 0.0)
-            cells = draw.permutation(train.cells_of(label))
-            middle = len(cells) // 2
-            first.append(cells[:middle].mean(axis=0, dtype=np.float64) - control)
-            second.append(cells[middle:].mean(axis=0, dtype=np.float64) - control)
-            rows.append(1 / middle)
-        known, wanted = np.array(first), np.array(second)
-        for i, share in enumerate(SHARES):
-            errors[i] += np.square(denoise(known, share * np.array(rows), genes) - wanted).sum()
-    return SHARES[int(errors.argmin())]
 
 
 def default() -> Recipe:

@@ -40,6 +40,8 @@ class Config(ModelConfig):
 
     anchor: Literal["response_surface", "additive", "shrunken_additive"] = "response_surface"
     """Which estimate of the mean cells are moved to."""
+    missing: Literal["refuse", "mean"] = "refuse"
+    """A perturbation that was never measured alone and has no vector: refuse it, or take the mean effect."""
     populations: int = 4
     """Measured populations of the context that cells come from: those whose means are nearest to the wanted
     one, the nearer the more cells. 0 starts from control cells."""
@@ -276,7 +278,7 @@ class Ripple(Model):
 
 def _anchor(config: Config, spec: Spec) -> MeanModel:
     if config.anchor == "additive":
-        return additive.Config(missing="mean").build(spec)
+        return additive.Config(missing=config.missing).build(spec)
     if config.anchor == "shrunken_additive":
-        return shrunken_additive.Config(missing="mean").build(spec)
-    return response_surface.Config().build(spec)
+        return shrunken_additive.Config(missing=config.missing).build(spec)
+    return response_surface.Config(missing=config.missing).build(spec)

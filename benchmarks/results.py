@@ -11,7 +11,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from benchmarks import page
@@ -134,8 +134,15 @@ def chosen(names: Sequence[str]) -> dict[str, Recipe]:
         if base not in models.names() or (name != base and base not in SIZES):
             log.warning("%s is skipped: there is no such model", name)
         elif name not in BASELINES:
-            found[name] = paper_switches(base) if name != base else models.recipe(name)
+            found[name] = paper_switches(base) if name != base else _answering(models.recipe(name))
     return found
+
+
+def _answering(recipe: Recipe) -> Recipe:
+    """Let the mean effect stand in where a model can be told so, as it does for the baselines."""
+    if "missing" in {field.name for field in fields(recipe.model)}:
+        return replace(recipe, model=replace(recipe.model, missing="mean"))
+    return recipe
 
 
 def run(task: Task, how: How, further: dict[str, Recipe], ledger: Path) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from knockon.dynamics import shrinkage
 from knockon.dynamics.shrinkage import denoise, low_rank, stand_out
 
 Draw = np.random.Generator
@@ -92,6 +93,13 @@ def test_many_rows_cost_no_other_answer_than_few(draw: Draw) -> None:
     np.testing.assert_allclose(
         stand_out(np.tile(white, (3, 1))), np.tile(stand_out(white), (3, 1)), rtol=1e-4
     )
+
+
+def test_some_of_many_entries_tell_how_many_stand_out(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    white = draw.normal(size=(300, 200)) * np.where(draw.random((300, 200)) < 0.1, 6, 1)
+    every = stand_out(white)
+    monkeypatch.setattr(shrinkage, "ENTRIES", 10_000)
+    assert error(stand_out(white), every) < 0.01
 
 
 def test_effects_with_unequal_noise_come_nearer_to_the_truth(draw: Draw) -> None:

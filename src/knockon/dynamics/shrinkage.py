@@ -10,6 +10,8 @@ from jaxtyping import Float
 
 SCALES = 4.0 ** np.arange(6)
 """Variances that the entries which stand out may have, in units of that of the noise."""
+ENTRIES = 500_000
+"""Entries that the shares of those variances are estimated from at most, drawn at random."""
 ROUNDS = 30
 """Iterations that the shares of those variances are estimated in."""
 
@@ -56,20 +58,33 @@ def low_rank(white: Table) -> Table:
 def stand_out(white: Table) -> Table:
     """Shrink entries that are zero, or normal of one of several variances, with noise of variance 1.
 
-    The result is their posterior mean. How many are of which variance is estimated from all of them, by
-    expectation maximization (empirical Bayes [stephens2017]).
+    The result is their posterior mean. How many are of which variance is estimated from all of them, or from
+    ``ENTRIES`` of them, by expectation maximization (empirical Bayes [stephens2017]).
     """
     if not white.size:
         return white
     variances = np.concatenate([[0.0], SCALES])
     precision = 1 / (1 + variances)
-    # float32: a table of a large screen is seen once for each variance
-    squares = np.square(white, dtype=np.float32)
-    likelihood = [np.sqrt(p) * np.exp(squares * np.float32(-(p - precision[-1]) / 2)) for p in precision]
+    some = white.ravel()
+    if white.size > ENTRIES:
+        some = some[np.random.default_rng(0).integers(white.size, size=ENTRIES)]
+    likelihood = _likelihood(some, precision)
     share = np.full(len(variances), 1 / len(variances))
-    total = squares
     for _ in range(ROUNDS):
         total = np.tensordot(share.astype(np.float32), likelihood, 1)
         share = share * np.array([float(np.mean(one / total)) for one in likelihood])
-    kept = np.tensordot((share * (1 - precision)).astype(np.float32), likelihood, 1) / total
-    return white * kept
+    found = np.empty_like(white)
+    for row, entries in enumerate(white):
+        likelihood = _likelihood(entries, precision)
+        total = np.tensordot(share.astype(np.float32), likelihood, 1)
+        kept = np.tensordot((share * (1 - precision)).astype(np.float32), likelihood, 1) / total
+        found[row] = entries * kept
+    return found
+
+
+def _likelihood(
+    entries: Float[np.ndarray, "entries"], precision: Float[np.ndarray, "variances"]
+) -> Float[np.ndarray, "variances entries"]:
+    """Density of entries at each variance, but for a factor that only depends on the entry."""
+    squares = np.square(entries, dtype=np.float32)
+    return np.stack([np.sqrt(p) * np.exp(squares * np.float32((precision[-1] - p) / 2)) for p in precision])

@@ -47,11 +47,11 @@ def move(cells: Cells, mean: Genes, *, unit: Unit, dispersion: Genes, still: flo
     """
     count = cells.expm1() / unit
     rate = rates(count, unit, dispersion)
-    bounds = [reached(count, unit, rate, torch.full_like(mean, x)) for x in (-still, still)]
+    bounds = [reached(count, unit, rate, torch.full_like(mean, x), dispersion) for x in (-still, still)]
     moving = ((mean < bounds[0]) | (mean > bounds[1])).nonzero().flatten()
     if len(moving):
         some, level, spread = count[:, moving], rate[:, moving], dispersion[moving]
-        change = changes(some, unit, level, mean[moving])
+        change = changes(some, unit, level, mean[moving], spread)
         cells = cells.clone()
         cells[:, moving] = (recount(some, level, change, spread, noise) * unit).log1p()
     return touch_up(cells, mean)
@@ -63,24 +63,25 @@ def rates(count: Cells, unit: Unit, dispersion: Genes) -> Cells:
     return (1 / dispersion + count) / (1 / dispersion + mean) * mean
 
 
-def changes(count: Cells, unit: Unit, rate: Cells, mean: Genes) -> Genes:
+def changes(count: Cells, unit: Unit, rate: Cells, mean: Genes, dispersion: Genes) -> Genes:
     """Find the change of each rate, in natural logarithm, that gives the cells this mean, nearly."""
     low, high = torch.full_like(mean, -REACH), torch.full_like(mean, REACH)
     for _ in range(ROUNDS):
         middle = (low + high) / 2
-        below = reached(count, unit, rate, middle) < mean
+        below = reached(count, unit, rate, middle, dispersion) < mean
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high) / 2
 
 
-def reached(count: Cells, unit: Unit, rate: Cells, change: Genes) -> Genes:
+def reached(count: Cells, unit: Unit, rate: Cells, change: Genes, dispersion: Genes) -> Genes:
     """Expect the mean of ``log1p(unit * count)`` after a change: exact for single counts, and for many.
 
     What is there is taken to be there with the right probability, and then at its mean.
     """
     kept = change.clamp(max=0).exp()
-    found = change.clamp_min(0).expm1() * rate
-    absent = (1 - kept).clamp_min(torch.finfo(kept.dtype).tiny).pow(count) * (-found).exp()
+    found, shape = change.clamp_min(0).expm1() * rate, 1 / dispersion + count
+    none_found = (-shape * (found / shape).log1p()).exp()  # counts that are found are negative binomial
+    absent = (1 - kept).clamp_min(torch.finfo(kept.dtype).tiny).pow(count) * none_found
     present = (1 - absent).clamp_min(1e-6)
     return (present * (unit * (count * kept + found) / present).log1p()).mean(0)
 

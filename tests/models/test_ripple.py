@@ -218,6 +218,34 @@ def test_knows_what_its_anchor_knows(make_screen, rates) -> None:
         assert torch.equal(model.knows(condition), known)
 
 
+def test_cells_of_another_model_are_pulled_to_the_mean(screen: Screen) -> None:
+    model, labels = fit(ADDITIVE, screen, (AB,)), [AB, Label()]
+    condition, noise = model.spec.encode(labels), Noise(torch.Generator().manual_seed(0))
+    cells = torch.from_numpy(screen.cells_of(Label.of(["C"]))).expand(2, -1, -1)
+    assert torch.equal(model.pull(cells, condition, 0.0, noise), cells)
+    mean, before = model.anchor.mean(condition)[0], cells[0].mean(0)
+    for weight in (0.5, 1.0):
+        pulled = model.pull(cells, condition, weight, noise)
+        assert torch.equal(pulled[1], cells[1])
+        wanted = before + weight * (mean - before)
+        assert (pulled[0].mean(0) - wanted).square().mean() < 0.01 * (mean - before).square().mean()
+
+
+def test_training_conditions_are_drawn_as_if_they_had_not_been_measured(screen: Screen) -> None:
+    model = fit(ripple.Config(), screen)
+    model.prepare()
+    condition = model.spec.encode([AB, Label()])
+    control = torch.from_numpy(screen.cells_of(Label())[:100]).expand(2, -1, -1)
+    cells = model.held_out(control, condition, Noise(torch.Generator().manual_seed(0)))
+    assert torch.equal(cells[1], control[1])
+    held = model.anchor.held_out(condition)[0]
+    torch.testing.assert_close(model.expect(condition, held_out=True)[0], held)
+    measured = torch.from_numpy(screen.means()[AB]).float()
+    assert (cells[0].mean(0) - held).square().mean() < 0.2 * (measured - held).square().mean()
+    new = model.spec.encode([Label.of(["A", "C"])])
+    torch.testing.assert_close(model.expect(new, held_out=True), model.anchor.mean(new))
+
+
 def test_loss_is_the_squared_error_of_the_mean(screen: Screen, rng: torch.Generator) -> None:
     model = fit(ADDITIVE, screen)
     condition = model.spec.encode([AB])

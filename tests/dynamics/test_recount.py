@@ -38,7 +38,9 @@ def test_negative_binomial_counts_stay_negative_binomial(rng: torch.Generator, r
     count, _ = negative_binomial(rng, mean, (number, 1))
     unit, dispersion = torch.ones(number, 1), torch.tensor([PHI])
     change = torch.tensor([math.log(ratio)])
-    got = recount(count, rates(count, unit, dispersion), change, dispersion, Noise(rng)).double()
+    got = recount(
+        count, rates(count, unit, dispersion, torch.zeros(1)), change, dispersion, Noise(rng)
+    ).double()
     expected = ratio * mean
     variance = expected + PHI * expected**2
     zeros = (1 + PHI * expected) ** (-1 / PHI)
@@ -53,7 +55,7 @@ def test_negative_binomial_counts_stay_negative_binomial(rng: torch.Generator, r
 def test_a_cell_stays_what_it_was_as_far_as_it_can(rng: torch.Generator, ratio: float) -> None:
     count, _ = negative_binomial(rng, 4.0, (1000, 1))
     unit, dispersion = torch.ones(1000, 1), torch.tensor([PHI])
-    rate = rates(count, unit, dispersion)
+    rate = rates(count, unit, dispersion, torch.zeros(1))
     got = recount(count, rate, torch.tensor([math.log(ratio)]), dispersion, Noise(rng))
     assert (got <= count).all() if ratio < 1 else (got >= count).all()
     assert torch.corrcoef(torch.cat([got, count], dim=1).T)[0, 1] > 0.7
@@ -67,7 +69,7 @@ def test_without_a_change_counts_stay(rng: torch.Generator) -> None:
 def test_rates_are_the_posterior_mean(rng: torch.Generator) -> None:
     count, rate = negative_binomial(rng, 3.0, (100_000, 1))
     unit, dispersion = torch.ones(len(count), 1), torch.tensor([PHI])
-    found = rates(count, unit, dispersion)
+    found = rates(count, unit, dispersion, torch.zeros(1))
     for seen in range(6):
         here = (count == seen)[:, 0]
         assert found[here].unique().numel() == 1
@@ -78,9 +80,11 @@ def test_rates_are_the_posterior_mean(rng: torch.Generator) -> None:
 
 def test_rates_know_that_counts_of_deep_cells_are_worth_less() -> None:
     count, unit = torch.tensor([[2.0], [4.0]]), torch.tensor([[2.0], [1.0]])
-    found = rates(count, unit, torch.tensor([1e-6]))  # without dispersion all cells have one rate
+    found = rates(
+        count, unit, torch.tensor([1e-6]), torch.zeros(1)
+    )  # without dispersion all cells have one rate
     torch.testing.assert_close(found * unit, torch.full((2, 1), 4.0), rtol=1e-4, atol=0)
-    found = rates(count, unit, torch.tensor([1e6]))  # with much of it each has its own
+    found = rates(count, unit, torch.tensor([1e6]), torch.zeros(1))  # with much of it each has its own
     torch.testing.assert_close(found, count, rtol=1e-4, atol=0)
 
 
@@ -120,7 +124,7 @@ def test_what_is_reached_grows_with_the_change(rng: torch.Generator) -> None:
     count, _ = negative_binomial(rng, 1.0, (64, 3))
     unit = torch.rand(64, 1, generator=rng) + 0.5
     dispersion = torch.full((3,), PHI)
-    rate = rates(count, unit, dispersion)
+    rate = rates(count, unit, dispersion, torch.zeros(3))
     steps = torch.linspace(-6, 6, 49)
     values = torch.stack([reached(count, unit, rate, step.expand(3), dispersion) for step in steps])
     assert (values.diff(dim=0) > 0).all()
@@ -195,6 +199,13 @@ def test_silent_genes_stay_silent_and_means_of_zero_silence(rng: torch.Generator
     assert not got[:, 0].any()
     assert got[:, 1].mean() < 0.01
     assert (got[:, 2] > 0).any()
+
+
+def test_a_silent_gene_is_switched_on_where_its_mean_is_high(rng: torch.Generator) -> None:
+    cells = torch.cat([torch.zeros(400, 1), log1p(negative_binomial(rng, 1.0, (400, 1))[0])], dim=1)
+    got = moved(cells, torch.tensor([1.0, cells[:, 1].mean()]), rng)
+    assert got[:, 0].mean().item() == pytest.approx(1.0, abs=0.05)
+    assert 0.4 < (got[:, 0] > 0).float().mean() < 1  # counts are found, not added to every cell
 
 
 def test_one_cell_and_no_counts_at_all(rng: torch.Generator) -> None:

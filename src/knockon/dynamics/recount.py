@@ -19,12 +19,15 @@ Genes = Float[Tensor, "genes"]
 
 REACH = 6.0
 """Largest change of a rate, in natural logarithm."""
+TINY = 1e-6
+"""Mean of normalized counts that any gene is taken to have at least."""
 ROUNDS = 14
 """Halvings of the interval in which the change of a rate is sought."""
 TOUCH = 0.3
 """Largest change of values, in natural logarithm, that makes a mean exact at the end."""
-LEAST = 1e-4
-"""Mean normalized count that a gene has at least, should its mean be wanted higher than it is."""
+LEAST = 0.02
+"""Share of the wanted mean of normalized counts that a gene is taken to have at least, so that one that is silent
+can be switched on."""
 
 
 def move(cells: Cells, mean: Genes, *, unit: Unit, dispersion: Genes, still: float, noise: Noise) -> Cells:
@@ -46,7 +49,7 @@ def move(cells: Cells, mean: Genes, *, unit: Unit, dispersion: Genes, still: flo
         Change of a rate, in natural logarithm, up to which no count is lost or found: values are scaled.
     """
     count = cells.expm1() / unit
-    rate = rates(count, unit, dispersion)
+    rate = rates(count, unit, dispersion, LEAST * mean.expm1())
     bounds = [reached(count, unit, rate, torch.full_like(mean, x), dispersion) for x in (-still, still)]
     moving = ((mean < bounds[0]) | (mean > bounds[1])).nonzero().flatten()
     if len(moving):
@@ -57,9 +60,15 @@ def move(cells: Cells, mean: Genes, *, unit: Unit, dispersion: Genes, still: flo
     return touch_up(cells, mean)
 
 
-def rates(count: Cells, unit: Unit, dispersion: Genes) -> Cells:
-    """Expect the rate of each gene in each cell: the posterior mean, given its count and the other cells."""
-    mean = (count * unit).mean(0).clamp_min(LEAST) / unit
+def rates(count: Cells, unit: Unit, dispersion: Genes, least: Genes) -> Cells:
+    """Expect the rate of each gene in each cell: the posterior mean, given its count and the other cells.
+
+    Parameters
+    ----------
+    least
+        Mean of normalized counts that a gene is taken to have at least.
+    """
+    mean = torch.maximum((count * unit).mean(0), least.clamp_min(TINY)) / unit
     return (1 / dispersion + count) / (1 / dispersion + mean) * mean
 
 

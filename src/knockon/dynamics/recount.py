@@ -26,7 +26,7 @@ ROUNDS = 14
 TOUCH = 0.3
 """Largest change of values, in natural logarithm, that makes a mean exact at the end."""
 LEAST = 0.02
-"""Share of the wanted mean of normalized counts that a gene is taken to have at least, so that one that is silent
+"""Share of the wanted mean of normalized counts that a gene is taken to have at least, so that a silent one
 can be switched on."""
 
 

@@ -86,8 +86,13 @@ def _switched(model: str, **switches: object) -> tuple[Ablation, ...]:
 
 
 ABLATIONS = (
+    *_switched("response_surface", noise=0.0, curved=False),
+    Ablation(model="ripple", switch="additive", config={"anchor": "additive"}),
+    Ablation(model="ripple", switch="shrunken_additive", config={"anchor": "shrunken_additive"}),
+    *_switched("ripple", populations=0, still=0.0),
     *_switched(
         "perturbdiff",
+        pulled=False,
         residual=False,
         anchored=False,
         learn_controls=False,
@@ -98,6 +103,7 @@ ABLATIONS = (
     ),
     *_switched(
         "scdfm",
+        pulled=False,
         gaussian_base=False,
         anchored_base=False,
         whole_counts=False,

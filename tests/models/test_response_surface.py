@@ -109,8 +109,26 @@ def test_an_unmeasured_single_is_the_mean_of_its_neighbors_by_their_vectors(make
     vectors = {name: np.array([np.cos(a), np.sin(a)]) for name, a in angles.items()}
     config = response_surface.Config(noise=0, cosines=60, neighbors=3, temperature=1e6, components=2)
     model = fit(config, make_screen(cells), gone, vectors)
-    np.testing.assert_allclose(predict(model, Label.of(["new"]))[0], base + one, rtol=1e-4)
-    np.testing.assert_allclose(predict(model, Label.of(["far", "new"]))[0], base + one + other, rtol=1e-4)
+    faith = float(model.faith)
+    assert 0 < faith <= 1
+    np.testing.assert_allclose(predict(model, Label.of(["new"]))[0], base + faith * one, rtol=1e-4)
+    both = base + faith * one + other
+    np.testing.assert_allclose(predict(model, Label.of(["far", "new"]))[0], both, rtol=1e-4)
+
+
+def test_guesses_are_believed_as_far_as_singles_bear_them_out(make_screen) -> None:
+    """The factor is the slope of measured singles on what the mean of the others would have guessed."""
+    draw = np.random.default_rng(0)
+    common = draw.normal(size=GENES) / 3
+    for share in (0.0, 1.0):
+        effects = [share * common + (1 - share) * draw.normal(size=GENES) / 3 for _ in range(6)]
+        cells = {Label(): around(np.full(GENES, 3.0))}
+        cells |= {Label.of([f"p{i}"]): around(3.0 + effect) for i, effect in enumerate(effects)}
+        model = fit(response_surface.Config(noise=0, curved=False, missing="mean"), make_screen(cells), ())
+        measured = np.array(effects)
+        guessed = (measured.sum(0) - measured) / 5
+        slope = (guessed * measured).sum() / (guessed**2).sum()
+        assert float(model.faith) == pytest.approx(np.clip(slope, 0, 1), abs=1e-3)
 
 
 def test_what_was_never_measured_is_not_known(make_screen) -> None:
@@ -241,7 +259,6 @@ def test_company_does_not_matter(make_screen) -> None:
     vectors = {name: draw.normal(size=4) for name in NAMES}
     gone = tuple(Label.of([name]) for name in NAMES[7:])
     model = fit(SMALL, make_screen(cells), gone, vectors)
-    assert model.guess.weight.any()
     assert model.combine.weight.any()
     asked = model.spec.encode([*cells, *(Label.of([name]) for name in NAMES)])
     for answer in (model.held_out, model.mean):

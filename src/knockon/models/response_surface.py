@@ -72,7 +72,7 @@ class Config(ModelConfig):
 
 
 class ResponseSurface(MeanModel):
-    """Simple estimates, each corrected by a surface that was fitted to what it misses in training.
+    """Simple estimates, corrected by surfaces that were fitted to what they miss in training.
 
     A condition that was measured in its context is answered with its effect. Any other begins with a
     simple estimate, and a smooth function of what is known of a gene (the same for all genes) adds what
@@ -81,11 +81,13 @@ class ResponseSurface(MeanModel):
     1. *carried*: measured in other contexts only; the mean over them, the more alike the control cells
        the more weight;
     2. *guessed*: a perturbation that was never measured alone; the mean over its nearest neighbors by
-       their vectors;
+       their vectors, times one factor;
     3. *combined*: several perturbations; the sum over them, each measured, carried or guessed.
 
-    Every surface learns from training conditions as if they had not been measured, and is zero where
-    it does not better predict treatments that it was not fitted to. In a context of which training has no
+    What is carried or combined is corrected by a surface, which learns from training conditions as if they
+    had not been measured, and is zero where it does not better predict treatments that it was not fitted
+    to. What is guessed is too far off for that: the factor is the slope, between 0 and 1, of the effects of
+    singles on what the others would have guessed. In a context of which training has no
     effect at all, only a surface corrects that was found to predict contexts that it was not fitted to.
     Effects are denoised.
     """
@@ -100,6 +102,8 @@ class ResponseSurface(MeanModel):
     """Squared error of the measured effects."""
     spread: Float[Tensor, "genes"]
     """Standard deviation of a gene within conditions, log1p."""
+    faith: Float[Tensor, ""]
+    """Factor of what is guessed."""
     response: Float[Tensor, "mean_and_std genes"]
     """Over the measured effects."""
 
@@ -111,13 +115,13 @@ class ResponseSurface(MeanModel):
         shape = {"cosines": config.cosines, "width": config.width}
         self.carry = Surface(9, **shape)
         self.venture = Surface(9, **shape)
-        self.guess = Surface(9, **shape)
         self.combine = Surface(12, **shape)
         self.register_buffer("treatment", torch.zeros(0, dtype=torch.long))
         self.register_buffer("rows_in", torch.zeros(0, dtype=torch.long))
         self.register_buffer("apart", torch.zeros(0, 0))
         self.register_buffer("doubt", torch.zeros(0))
         self.register_buffer("spread", torch.zeros(len(spec.genes)))
+        self.register_buffer("faith", torch.ones(()))
         self.register_buffer("response", torch.zeros(2, len(spec.genes)))
 
     def fit_effects(self, train: Screen) -> None:
@@ -144,6 +148,7 @@ class ResponseSurface(MeanModel):
         self.response = torch.stack([found.mean(0), found.std(0, correction=0)])
         self.doubt = torch.from_numpy(rows * genes.sum()).float()
         self.apart = self._compare_contexts(asked, raw)
+        self.faith = self._believe(asked, raw)
         if self.config.curved:
             self._fit_surfaces(asked, raw)
 
@@ -179,7 +184,7 @@ class ResponseSurface(MeanModel):
         fold = None if without is None else self.treatment[without.int().argmax(1)]
         weights = self.effects.exact(condition, without)
         measured = (weights > 0).any(-1)
-        whole = self._estimate(condition, weights, self.carry, fold)
+        whole = self._estimate(condition, weights, fold)
         if measured.all():
             return whole
         parts = self._parts(condition, without, fold)
@@ -199,10 +204,11 @@ class ResponseSurface(MeanModel):
         near = self._near(condition, without)
         found = []
         for slot in range(alone.shape[1]):
-            measured = self._estimate(condition, alone[:, slot], self.carry, fold)
+            measured = self._estimate(condition, alone[:, slot], fold)
             missing = (alone[:, slot] == 0).all(-1) & (condition.perturbation[:, slot] > 0)
             stand_in = near[:, slot] * missing[:, None]
-            found.append(measured + self._estimate(condition, stand_in, self.guess, fold, always=True))
+            here = self._population(condition)
+            found.append(measured + self.faith * self.effects(self._by_likeness(stand_in, here)))
         return torch.stack(found, dim=1)
 
     def _near(self, condition: Condition, without: "Without") -> Float[Tensor, "sets slots rows"]:
@@ -217,15 +223,11 @@ class ResponseSurface(MeanModel):
         self,
         condition: Condition,
         weights: Float[Tensor, "sets rows"],
-        surface: Surface,
         fold: Int[Tensor, "sets"] | None,
-        *,
-        always: bool = False,
     ) -> Float[Tensor, "sets genes"]:
-        """Weigh measured effects, and correct them where they are of other contexts, or always."""
+        """Weigh measured effects, and correct them where they are of other contexts."""
         here = self._population(condition)
-        there = (weights > 0) & (self.rows_in != here[:, None])
-        corrected = (weights > 0).any(-1) if always else there.any(-1)
+        corrected = ((weights > 0) & (self.rows_in != here[:, None])).any(-1)
         # what was measured here needs no weights but those between its doses
         weights = torch.where(corrected[:, None], self._by_likeness(weights, here), weights)
         plain = self.effects(weights)
@@ -233,9 +235,8 @@ class ResponseSurface(MeanModel):
         if not (self.config.curved and len(some)):
             return plain
         about = self._about(here[some], weights[some])
-        strange = torch.zeros_like(about[..., 0]) if always else self.venture(about)
-        familiar = surface(about, None if fold is None else fold[some])
-        correction = torch.where(self._familiar(condition[some])[:, None], familiar, strange)
+        familiar = self.carry(about, None if fold is None else fold[some])
+        correction = torch.where(self._familiar(condition[some])[:, None], familiar, self.venture(about))
         return plain.index_add(0, some, self._live(correction))
 
     def _familiar(self, condition: Condition) -> Bool[Tensor, "sets"]:
@@ -302,6 +303,17 @@ class ResponseSurface(MeanModel):
             dim=-1,
         )
 
+    def _believe(self, asked: Condition, raw: Float[Tensor, "rows genes"]) -> Float[Tensor, ""]:
+        """Fit the factor of what is guessed to measured singles, each guessed without its perturbation."""
+        alone = ((asked.perturbation > 0).sum(1) == 1).nonzero().flatten()
+        both = square = torch.zeros(())
+        for some in alone.split(BLOCK):
+            touching = (asked.perturbation[some, :1, None] == asked.perturbation).any(-1)
+            near = self._near(asked[some], touching)[:, 0]
+            guessed = self.effects(self._by_likeness(near, self.rows_in[some]))
+            both, square = both + (guessed * raw[some]).sum(), square + guessed.square().sum()
+        return (both / square).clamp(0, 1) if square > 0 else torch.ones(())
+
     def _fit_surfaces(self, asked: Condition, raw: Float[Tensor, "rows genes"]) -> None:
         """Fit each surface to what its simple estimate misses of training conditions held out."""
         itself = self.rows_of(asked)
@@ -310,20 +322,15 @@ class ResponseSurface(MeanModel):
         def carried(some: Int[Tensor, "sets"]) -> Float[Tensor, "sets rows"]:
             return self.effects.exact(asked[some], itself[some])
 
-        def guessed(some: Int[Tensor, "sets"]) -> Float[Tensor, "sets rows"]:
-            touching = (asked.perturbation[some, :1, None] == asked.perturbation).any(-1)
-            return self._near(asked[some], touching)[:, 0]
-
         def added(some: Int[Tensor, "sets"]) -> Estimate:
             parts = self._parts(asked[some], itself[some], None)
             return parts.sum(1), self._about_parts(asked[some], parts)
 
-        for surface, weigh, some, group in (
-            (self.carry, carried, slots > 0, self.treatment),
-            (self.venture, carried, slots > 0, self.rows_in),
-            (self.guess, guessed, slots == 1, self.treatment),
+        for surface, weigh, group in (
+            (self.carry, carried, self.treatment),
+            (self.venture, carried, self.rows_in),
         ):
-            rows = some.nonzero().flatten()
+            rows = (slots > 0).nonzero().flatten()
             found = torch.cat([(weigh(x) > 0).any(-1) for x in rows.split(BLOCK)])
             self._fit(surface, raw, rows[found], group, self._weighed(weigh))
         rows = (slots > 1).nonzero().flatten()

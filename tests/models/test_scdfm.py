@@ -205,6 +205,17 @@ def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
     torch.testing.assert_close(drawn.std(0), torch.from_numpy(cells.std(0)), rtol=0.2, atol=0)
 
 
+@pytest.mark.parametrize("pulled", [False, True])
+def test_only_an_anchored_base_ends_where_ripple_expects(rng, make_screen, pulled):
+    cells = torch.rand(60, GENES, generator=rng).numpy()
+    screen = make_screen({Label(): cells[:30], Label.of(["g1"]): cells[30:] + 1}, SPEC.genes)
+    anchored, plain = (build(anchored_base=on, pulled=pulled).eval() for on in (True, False))
+    for model in (anchored, plain):
+        model.fit_statistics(screen)
+    assert torch.equal(plain.mean(CONDITION), plain.data_moments[0].expand(3, -1))
+    assert torch.equal(anchored.mean(CONDITION), anchored.ripple.expect(CONDITION))
+
+
 def test_poisson_noise_scatters_around_the_control_cell(rng):
     model = build(source="poisson")
     control = torch.rand(1, 1, GENES, generator=rng).expand(1, 4000, -1)

@@ -150,7 +150,7 @@ def small() -> Recipe:
 
 
 class SCDFM(PulledModel):
-    """Flow matching over gene tokens; the cells of a set do not depend on each other."""
+    """Flow matching over gene tokens; the cells of a set depend on each other only by being ``pulled``."""
 
     units = "log1p"
 
@@ -256,7 +256,7 @@ class SCDFM(PulledModel):
 
     def mean(self, condition: Condition) -> Float[Tensor, "sets genes"]:
         """Mean of the Gaussian that paths are expected to end in."""
-        if self.ripple is None:
+        if self.ripple is None or not self.config.anchored_base:
             return self.data_moments[0].expand(len(condition), -1)
         with torch.autocast(self.one_count.device.type, enabled=False):
             return self.ripple.expect(condition, held_out=self.training)

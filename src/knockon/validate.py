@@ -69,5 +69,6 @@ def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], traini
 
 @torch.no_grad()
 def _loss_on(model: Model, sampler: Sampler, rng: torch.Generator) -> float:
-    """Mean loss on cells of validation conditions, with the same draws each time."""
+    """Mean loss on cells of validation conditions, with the same draws each time and without dropout."""
+    model.eval()  # in training, models may take conditions for ones that training has
     return float(np.mean([float(model.loss(sampler.batch(i), rng)["total"]) for i in range(BATCHES)]))

@@ -55,8 +55,8 @@ class Config(Architecture, ModelConfig):
     """With ``residual``, the cells of ripple stand in the place of control cells, in training as if their
     condition had not been measured; the network then begins there (not in the paper)."""
     pulled: bool = True
-    """In the end, cells are moved towards the mean that ripple expects, by a weight that is chosen on
-    validation conditions (not in the paper)."""
+    """With ``residual``, cells are moved towards the mean that ripple expects in the end, by a weight that is
+    chosen on validation conditions (not in the paper)."""
     scale: float = 10.0
     """log1p values are divided by it."""
     steps: int = 1000

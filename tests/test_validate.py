@@ -1,16 +1,15 @@
 """How models are judged, and choose, on validation conditions."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from knockon import models, validate
+from knockon import validate
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
-from knockon.model import Model, Training
+from knockon.model import Model, ModelConfig, Training
 from knockon.models import latent_additive, scdfm
+from knockon.models._pulled import PulledModel
 
 CPU = torch.device("cpu")
 
@@ -25,7 +24,7 @@ def split(screen: Screen) -> Split:
     return splits.additive(screen)
 
 
-def fitted(config: latent_additive.Config | scdfm.Config, screen: Screen, split: Split) -> Model:
+def fitted(config: ModelConfig, screen: Screen, split: Split) -> Model:
     train = screen.select((*split.train, *screen.controls))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -45,9 +44,8 @@ def test_a_validation_by_the_loss_knows_no_training(screen: Screen, split: Split
 def test_a_weight_is_chosen_again_to_the_same_bits_and_from_validation_conditions_only(
     screen: Screen, split: Split
 ) -> None:
-    config = replace(models.recipe("scdfm", "small").model, width=16)
-    model = fitted(config, screen, split)
-    chosen = []
+    model, chosen = fitted(scdfm.small().model, screen, split), []
+    assert isinstance(model, PulledModel)
     for labels in (split.validation, split.validation, ()):
         model.weight.fill_(1.0)
         validate.choose(model, screen, labels, 0)

@@ -94,7 +94,8 @@ def test_what_cannot_be_begun_with_is_refused(
     screen = Screen.from_anndata(adata)
     for model, start, message in (
         ("perturbdiff", tmp_path, "is no run folder"),
-        ("additive", pretrained.folder, "a finished run of additive"),
+        ("latent_additive", pretrained.folder, "a finished run of latent_additive"),
+        ("ripple", pretrained.folder, "ripple has no weights"),
     ):
         with pytest.raises(UserError, match=message):
             ko.train(model, screen, splits.additive(screen), out=tmp_path / "x", start=start)

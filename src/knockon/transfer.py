@@ -31,8 +31,13 @@ def adopt(model: Model, folder: Path, record: Record, split: Split) -> list[str]
     Raises
     ------
     UserError
-        If the folder holds no finished run of this model, or its weights cannot be told apart by name.
+        If the model has no weights, the folder holds no finished run of it, or its weights cannot be told
+        apart by name.
     """
+    if not list(model.parameters()):
+        raise UserError(
+            f"{record.model} has no weights that training could begin with", mend="leave out --from"
+        )
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} is no run folder", expected="one that knockon train wrote")
     earlier = Record.read(folder)

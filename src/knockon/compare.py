@@ -134,13 +134,14 @@ def recipes(comparison: Comparison, further: Mapping[str, Recipe] | None = None)
 
 
 def _announce(split: Split) -> None:
-    """Say what stands in where the additive baseline lacks a single."""
+    """Say what stands in where the additive baselines lack a single."""
     measured = {label.everywhere for label in (*split.train, *split.validation)}
     tested = {label.everywhere for label in split.test}
     lacking = sorted({str(s) for label in tested - measured for s in singles(label) if s not in measured})
     if lacking:
         log.info(
-            "additive: the mean effect stands in for what was not measured alone: %s", ", ".join(lacking)
+            "additive and shrunken_additive: the mean effect stands in for what was not measured alone: %s",
+            ", ".join(lacking),
         )
 
 

@@ -96,7 +96,8 @@ def refuse_unknown(model: Model, labels: Sequence[Label]) -> None:
             f"{name_of(model)} has no basis to predict some conditions",
             offenders=refused,
             expected="perturbations that it was trained on, or that have a vector or a gene in the panel",
-            mend="leave them out, or choose a model that knows them (knockon compare has --fallback)",
+            mend="leave them out, or choose a model that knows them (knockon compare has --fallback; some"
+            " models let the mean effect stand in: knockon train ... --model.missing mean)",
         )
 
 

@@ -147,7 +147,7 @@ class Ripple(Model):
         Control cells come back where nothing was done. Needs ``prepare``.
         """
         assert isinstance(self.anchor, response_surface.ResponseSurface)
-        (held,) = self._held
+        held = self._held[0].to(control.device)
         rows = self.anchor.rows_of(condition).int().argmax(1).tolist()
         treated = (condition.perturbation > 0).any(1).tolist()
         drawn = [
@@ -163,8 +163,10 @@ class Ripple(Model):
             return mean
         assert isinstance(self.anchor, response_surface.ResponseSurface)
         if self._expected is None:
+            asked = self.anchor.effects.measured
+            parts = torch.arange(len(asked), device=mean.device).split(response_surface.BLOCK)
             with torch.no_grad():
-                self._expected = self.anchor.held_out(self.anchor.effects.measured)
+                self._expected = torch.cat([self.anchor.held_out(asked[some]) for some in parts])
         rows = self.anchor.rows_of(condition)
         return torch.where(rows.any(1, keepdim=True), self._expected.to(mean)[rows.int().argmax(1)], mean)
 

@@ -21,7 +21,8 @@ class PulledModel(Model):
     """Makes cells, and moves them towards where ripple expects their mean, as counts.
 
     The weight of that mean, against the one of the cells that were made, is chosen on validation conditions;
-    without any it is 1.
+    without any it is 1. Cells of a set are moved together, so that they depend on each other and a few of
+    them vary too little.
 
     Parameters
     ----------

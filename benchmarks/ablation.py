@@ -89,7 +89,7 @@ ABLATIONS = (
     *_switched("response_surface", noise=0.0, curved=False),
     Ablation(model="ripple", switch="additive", config={"anchor": "additive"}),
     Ablation(model="ripple", switch="shrunken_additive", config={"anchor": "shrunken_additive"}),
-    *_switched("ripple", populations=0, still=0.0),
+    *_switched("ripple", populations=0, together=1024, still=0.0),
     *_switched(
         "perturbdiff",
         pulled=False,

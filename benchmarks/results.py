@@ -26,6 +26,8 @@ from knockon.train import Options
 
 log = logging.getLogger("knockon")
 
+INDEPENDENT = "-independent"
+"""Ending of the name of ripple whose cells are nearly independent of each other."""
 PAPER = "-paper"
 """Ending of the names of models with the switches of their paper preset; see ``paper_switches``."""
 SIZES = {
@@ -35,6 +37,7 @@ SIZES = {
 """What is no switch but a size, of networks, sets and the sampler's steps."""
 MODELS = (
     *BASELINES, "linear", "nearest", "latent_additive", "response_surface", "ripple",
+    "ripple-independent",
     "scdfm", "scdfm-paper", "perturbdiff", "perturbdiff-paper", "scldm",
 )  # fmt: skip
 """In the order of the tables."""
@@ -131,7 +134,10 @@ def chosen(names: Sequence[str]) -> dict[str, Recipe]:
     found = {}
     for name in names:
         base = name.removesuffix(PAPER)
-        if base not in models.names() or (name != base and base not in SIZES):
+        if name == "ripple" + INDEPENDENT:
+            recipe = _answering(models.recipe("ripple"))
+            found[name] = replace(recipe, model=replace(recipe.model, together=1024))
+        elif base not in models.names() or (name != base and base not in SIZES):
             log.warning("%s is skipped: there is no such model", name)
         elif name not in BASELINES:
             found[name] = paper_switches(base) if name != base else _answering(models.recipe(name))

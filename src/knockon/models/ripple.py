@@ -24,8 +24,6 @@ from knockon.types import CellSets, Condition, Noise, Spec, UserError
 if TYPE_CHECKING:
     from knockon.data.screen import Screen
 
-FEWEST = 32
-"""Cells of a population that are moved together at least, since together they have the wanted mean."""
 DISPERSION = (0.05, 10.0)
 """Bounds of a gene's dispersion."""
 CLOSE = 1e-9
@@ -36,7 +34,7 @@ CLOSE = 1e-9
 class Config(ModelConfig):
     """Where cells start, and where they go."""
 
-    at_generation: ClassVar[tuple[str, ...]] = ("populations", "still")
+    at_generation: ClassVar[tuple[str, ...]] = ("populations", "together", "still")
 
     anchor: Literal["response_surface", "additive", "shrunken_additive"] = "response_surface"
     """Which estimate of the mean cells are moved to."""
@@ -47,6 +45,10 @@ class Config(ModelConfig):
     one, the nearer the more cells. 0 starts from control cells."""
     kept: int = 128
     """Cells of each measured population that the model keeps, at most."""
+    together: int = 32
+    """Cells of a population that are moved together at least; together they have the wanted mean. Few of them
+    take the noise out of the mean of a set, and let its cells repel each other; with a thousand, cells are
+    nearly independent."""
     still: float = 0.3
     """Change of a gene's rate, in natural logarithm, up to which values are scaled; beyond, counts are drawn
     anew."""
@@ -59,7 +61,7 @@ class Config(ModelConfig):
         UserError
             If it would keep no cells, or an option has no meaning.
         """
-        for name, bound in {"kept": 1, "populations": 0, "still": 0}.items():
+        for name, bound in {"kept": 1, "populations": 0, "together": 1, "still": 0}.items():
             value = getattr(self, name)
             if not value >= bound:
                 raise UserError(f"{name} of ripple", offenders=[value], expected=f"at least {bound}")
@@ -250,7 +252,9 @@ class Ripple(Model):
         made = []
         for population, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
             if end > begin:
-                started = self.donors.draw(population, max(end - begin, FEWEST), rng).to(control.dtype)
+                started = self.donors.draw(population, max(end - begin, self.config.together), rng).to(
+                    control.dtype
+                )
                 made.append(self._move(started, mean, rng)[: end - begin])
         return torch.cat(made)[order]
 

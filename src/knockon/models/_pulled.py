@@ -20,9 +20,9 @@ WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 class PulledModel(Model):
     """Makes cells, and moves them towards where ripple expects their mean, as counts.
 
-    The weight of that mean, against the one of the cells that were made, is chosen on validation conditions;
-    without any it is 1. Cells of a set are moved together, so that they depend on each other and a few of
-    them vary too little.
+    The weight of that mean, against the one of the cells that were made, is chosen on validation conditions
+    whose parts were measured; without any it is 1. Cells of a set are moved together, so that they depend on
+    each other and a few of them vary too little.
 
     Parameters
     ----------
@@ -58,8 +58,14 @@ class PulledModel(Model):
 
     @final
     def choose(self, validation: Sequence[CellSets], seed: int) -> None:
-        """Choose the weight that brings cells nearest to measured ones, by energy distance."""
-        if self.ripple is None or not (self.pulled and validation):
+        """Choose the weight that brings cells nearest to measured ones, by energy distance.
+
+        Conditions of which ripple must guess a part do not tell how far it can be trusted with the others.
+        """
+        if self.ripple is None or not self.pulled:
+            return
+        validation = [one for one in validation if bool(self.ripple.measures(one.condition))]
+        if not validation:
             return
         noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
         made = [self.make(one.control, one.condition, noise) for one in validation]

@@ -161,24 +161,26 @@ class ResponseSurface(MeanModel):
 
         By all other conditions, and by surfaces that it was no example of; a model that starts there learns
         what it will have to add. Where training has combinations, these are what is asked for, and singles
-        are predicted as they were measured.
+        are predicted as they were measured; so is what the others could only guess.
         """
         combined = (self.effects.perturbation > 0).sum(-1) > 1
         alone = (condition.perturbation > 0).sum(-1, keepdim=True) < 2
         without = self.rows_of(condition) & ~(alone & combined.any())
+        without &= self.measures(condition, without)[:, None]
         base = self.dispersion.mean[self._population(condition)]
-        known = self._knows(condition, without)[:, None]
-        return (base + torch.where(known, self._respond(condition, without), 0)).clamp_min(0)
+        return (base + self._respond(condition, without)).clamp_min(0)
+
+    def measures(self, condition: Condition, without: "Without" = None) -> Bool[Tensor, "sets"]:
+        """Whether the condition, or each of its parts, was measured in some context: nothing is guessed."""
+        exact = self.effects.exact(condition, without).any(-1)
+        single = self.effects.single(condition, without).any(-1)
+        return exact | (single | (condition.perturbation == 0)).all(-1)
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Whether the condition, or each of its parts, was measured or has measured neighbors."""
-        return self._knows(condition, None)
-
-    def _knows(self, condition: Condition, without: "Without") -> Bool[Tensor, "sets"]:
-        exact = self.effects.exact(condition, without).any(-1)
-        single = self.effects.single(condition, without).any(-1)
-        near = self._near(condition, without).any(-1)
-        return exact | (single | near | (condition.perturbation == 0)).all(-1)
+        exact = self.effects.exact(condition).any(-1)
+        single = self.effects.single(condition).any(-1)
+        return exact | (single | self._near(condition, None).any(-1) | (condition.perturbation == 0)).all(-1)
 
     def _respond(self, condition: Condition, without: "Without") -> Float[Tensor, "sets genes"]:
         fold = None if without is None else self.treatment[without.int().argmax(1)]

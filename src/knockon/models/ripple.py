@@ -158,6 +158,12 @@ class Ripple(Model):
         ]
         return torch.stack(drawn)
 
+    def measures(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Whether the anchor guesses nothing; others than the response surface are taken to guess."""
+        if isinstance(self.anchor, response_surface.ResponseSurface):
+            return self.anchor.measures(condition)
+        return torch.zeros_like(condition.perturbation[:, 0], dtype=torch.bool)
+
     def expect(self, condition: Condition, *, held_out: bool = False) -> Float[Tensor, "sets genes"]:
         """Predict means, log1p; with ``held_out``, as if training conditions had not been measured."""
         mean = self.anchor.mean(condition)

@@ -11,6 +11,7 @@ from knockon.evaluate import suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.scores import anchors
 from knockon.evaluate.suites.vcc_2026 import METRICS, config
+from knockon.evaluate.summary import BASELINES
 from knockon.types import UserError
 
 from .toy import SCALES, known, log1p, with_control
@@ -105,7 +106,7 @@ def test_baselines_and_halves_are_scored_beside_a_prediction():
     found = anchors(truth.select(truth.labels[:3]), split_of(truth.source), "vcc2026", cells=40)
     means = found.pivot_table(index="metric", columns="model", values="value")
     means.index = means.index.str.removeprefix("vcc2026:")
-    assert set(means) == {"no_effect", "mean_shift", "additive", "ceiling"}
+    assert set(means) == {*BASELINES, "ceiling"}
     assert set(means.index) == {metric.name.removeprefix("vcc2026:") for metric in METRICS}
     assert means.loc["expr_mse_unbiased_capped_norm", "ceiling"] < 0.1
     assert 0.8 < means.loc["expr_mse_unbiased_capped_norm", "no_effect"] < 1.2

@@ -77,6 +77,7 @@ def test_stage_two(arrays, literal, given):
     agree(loss, arrays["train/joint/outputs/loss"])
 
 
+@pytest.mark.slow
 def test_sampling(arrays, literal):
     weight = np.mean([arrays[f"dit/inputs/weight_{name}"] for name in CLASSES]).item()
     noise, x, t = arrays["sample/inputs/noise"], arrays["dit/inputs/x"], arrays["dit/inputs/t"]

@@ -128,6 +128,7 @@ def built(screen: Screen, name: str = "scldm_vae", **changes: object) -> Model:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_model_is_scored_by_its_own_likelihood(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = built(screen), np.arange(0, 300, 2)
     table = score(model, screen, rows, seed=1)

@@ -76,6 +76,7 @@ def test_attention_over_edges_is_masked_attention(rng):
     torch.testing.assert_close(ours, attention.out(dense.transpose(0, 1).flatten(-2)))
 
 
+@pytest.mark.slow
 def test_cell_by_cell_is_the_same_attention(rng):
     inputs = [torch.randn(3, HEADS, 7, 4, generator=rng, dtype=torch.float64) for _ in range(5)]
     inputs = [x.requires_grad_() for x in [*inputs, torch.tensor(0.3, dtype=torch.float64)]]

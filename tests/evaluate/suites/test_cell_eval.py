@@ -60,6 +60,7 @@ def agree(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the package, which is called by itself here
+@pytest.mark.slow
 def test_our_numbers_are_those_of_the_package_on_files(tmp_path, monkeypatch, capfd):
     found = pairs("half")
     few = Pairs.align(log1p(world().predictions["half"]), found.truth.select(found.truth.labels[:2]))

@@ -70,6 +70,7 @@ def test_distances_are_symmetric(draw, between):
 # ---- transport -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_w2_of_gaussians_has_the_closed_form(draw):
     m, n, s, t = TWO
     found = w2(gaussian(draw, 1500, m, s), gaussian(draw, 1500, n, t))

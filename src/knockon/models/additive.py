@@ -19,8 +19,6 @@ class Config(ModelConfig):
 
     missing: Literal["refuse", "mean", "zero"] = "refuse"
     """A part that was never measured alone: refuse it, or take the mean effect, or none."""
-    exact: bool = True
-    """Answer a measured condition with its own effect; without this, with the sum of its parts."""
 
     def build(self, spec: Spec) -> "Additive":
         """Make the model."""
@@ -53,8 +51,6 @@ class Additive(MeanModel):
         if self.config.missing == "mean":
             average = self.effects.average(condition).unsqueeze(1)
             parts = first_found(parts, average * (condition.perturbation > 0).unsqueeze(-1))
-        if not self.config.exact:
-            return self.effects(parts.sum(1))
         return self.effects(first_found(self.effects.exact(condition), parts.sum(1)))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:

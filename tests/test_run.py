@@ -54,7 +54,7 @@ def test_an_edited_folder_is_refused_by_file(run: Run, name: str) -> None:
         ({"model": "no_such_model"}, "no_such_model"),
         ({"model": "../../evil"}, "evil"),
         ({"config": {"missing": "refuse", "extra": 1}}, "extra"),
-        ({"config": {"missing": "everything", "exact": True}}, "missing"),
+        ({"config": {"missing": "everything"}}, "missing"),
         ({"files": {}}, "not finished"),
         ({"screen": "0" * 64}, "another screen"),
         ({"source": "gone.h5ad"}, "--data"),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import counts, evaluation, memory, perturbdiff, pretraining, scdfm, scldm
+from benchmarks import counts, evaluation, memory, perturbdiff, pretraining, quality, scdfm, scldm
 from benchmarks.measure import commit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -25,6 +25,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {
     "evaluation": evaluation.main,
     "memory": memory.main,
     "pretraining": pretraining.main,
+    "quality": quality.main,
 }
 
 

@@ -144,7 +144,11 @@ class Train(Command):
         first.add_argument("name", nargs="?")
         first.add_argument("--preset", default="default")
         if not arguments:
-            raise UserError("No model", expected="one of " + ", ".join(models.names()), mend="name it first")
+            raise UserError(
+                "Nothing to train",
+                expected="one of " + ", ".join(models.names()),
+                mend=f"name it first, or begin with --data for {RECOMMENDED}",
+            )
         if arguments[0].startswith("-"):
             arguments = [RECOMMENDED, *arguments]
         known, _ = first.parse_known_args([*arguments[:1], *_option(arguments, "--preset")])

@@ -3,8 +3,8 @@
 A cell that has a gene at rate l (molecules found on average) has a Poisson number of counts. At rate r l it
 keeps each count with probability r, where r < 1, and finds Poisson((r - 1) l) more, where r > 1. If rates
 are gamma distributed over cells, counts are negative binomial before and after, exactly; a cell stays what
-it was as far as it can, and silent genes stay silent. Cells are measured as ``log1p(unit * count)``, where
-``unit`` is what one count is worth in a cell.
+it was as far as it can, and a silent gene finds counts only where its wanted mean asks for them. Cells are
+measured as ``log1p(unit * count)``, where ``unit`` is what one count is worth in a cell.
 """
 
 import torch

@@ -154,10 +154,11 @@ def profiled(name: str, lines: int = 12) -> str:
     matrix = sum(e.self_cpu_time_total for e in events if any(part in e.key for part in MATRIX)) / total
     epoch = 91_000 / (recipe.train.sets * recipe.train.cells)
     rows = [(f"`{e.key}`", e.count // 2, f"{e.self_cpu_time_total / total:.1%}") for e in events[:lines]]
+    minutes = epoch * each / 60
     head = (
-        f"{name}: {each:.3g} s a step of {size.sets} x {size.cells} cells and {size.genes:,} genes, so"
-        f" {epoch * each / 60:.0f} min for as many cells as `norman` has (91,000); {1 - matrix:.0%} of the time"
-        " is outside of matrix products and attention."
+        f"{name}: {each:.3g} s a step of {size.sets} x {size.cells} cells and {size.genes:,} genes, so "
+        f"{minutes:.0f} min for as many cells as `norman` has (91,000); {1 - matrix:.0%} of the time is "
+        "outside of matrix products and attention."
     )
     return f"{head}\n\n{table(('operation', 'calls a step', 'share'), rows)}"
 

@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "knockon"
 FILES = sorted(SOURCE.rglob("*.py"))
 TIERS = (
-    {"types", "files", "progress"},
+    {"types", "files", "progress", "jobs"},
     {"data", "dynamics", "nn"},
     {"model"},
     {"baseline"},
@@ -21,7 +21,8 @@ TIERS = (
     {"checkpoint", "validate"},
     {"train"},
     {"evaluate"},
-    {"compare", "ranking"},
+    {"trial", "ranking"},
+    {"compare"},
     {"commands"},
     {"cli", "__init__", "__main__"},
 )

@@ -19,7 +19,7 @@ from knockon.commands.common import Command, Data, Flat, Folder, Predicted, read
 from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
 from knockon.commands.rank import Rank
-from knockon.compare import Comparison, compare
+from knockon.compare import compare, compare_all
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
 from knockon.evaluate import flags, scores, suites, tables
@@ -29,6 +29,7 @@ from knockon.evaluate.report import page
 from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
+from knockon.trial import Comparison
 from knockon.types import UserError
 
 log = logging.getLogger("knockon")
@@ -215,8 +216,10 @@ class Compare(Command):
     """A screen: .h5ad or .zarr."""
     out: Path
     """Folder of the comparison; running it again does only what is missing."""
-    split: str = "additive"
-    """A kind of split, or a .json."""
+    split: tuple[str, ...] = ("additive",)
+    """Kinds of split, or .json files; each of several is compared in a folder of its own."""
+    seeds: tuple[int, ...] = ()
+    """Several in the place of --seed; each is compared in a folder of its own."""
     comparison: Annotated[Comparison, Flat] = Comparison()
     options: Annotated[Options, Flat] = Options()
     columns: Annotated[Columns, Flat] = Columns()
@@ -224,15 +227,30 @@ class Compare(Command):
     def run(self) -> None:
         """Compare, print and report."""
         screen = read_screen(self.data, self.columns)
-        split = splits.make(self.split, screen)
-        summary = compare(screen, split, out=self.out, comparison=self.comparison, options=self.options)
-        _table(summary)
-        for draw, path in (
-            (page.write, self.out / "report.html"),
-            (page.picture, self.out / "scores.png"),
-        ):
-            draw(self.out, path)
-            say(str(path))
+        held_out = {Path(text).stem: splits.make(text, screen) for text in self.split}
+        if len(held_out) < len(self.split):
+            raise UserError("Splits of one name", offenders=self.split, mend="name the files differently")
+        seeds = self.seeds or (self.comparison.seed,)
+        if len(self.split) * len(seeds) == 1:
+            how = dataclasses.replace(self.comparison, seed=seeds[0])
+            (split,) = held_out.values()
+            _table(compare(screen, split, out=self.out, comparison=how, options=self.options))
+            _report(self.out)
+            return
+        found = compare_all(
+            screen, held_out, seeds, out=self.out, comparison=self.comparison, options=self.options
+        )
+        for name, summary in found.items():
+            say(f"{name}, means over {len(set(seeds))} seeds:")
+            _table(summary)
+        for folder in [self.out / f"{name}-seed{seed}" for name in held_out for seed in dict.fromkeys(seeds)]:
+            _report(folder)
+
+
+def _report(folder: Path) -> None:
+    for draw, path in ((page.write, folder / "report.html"), (page.picture, folder / "scores.png")):
+        draw(folder, path)
+        say(str(path))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,53 +1,27 @@
-"""Several models on one screen and one split: trained, predicted, scored, in one table."""
+"""Several models on one screen, on one split or several: trained, predicted, scored, in one table."""
 
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import anndata
 import pandas as pd
 
 from knockon import models
 from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
-from knockon.evaluate import flags, scores, suites
-from knockon.evaluate.pairs import Pairs
-from knockon.evaluate.report.portrait import Album
-from knockon.evaluate.summary import BASELINES, CEILING
-from knockon.evaluate.truth import Truth
-from knockon.evaluate.verdict import Verdict
-from knockon.files import digest, written_aside
+from knockon.evaluate import scores, suites
+from knockon.evaluate.summary import BASELINES, summarize
+from knockon.files import write_text
+from knockon.jobs import Ended, alone, side_by_side
 from knockon.model import Recipe
-from knockon.predict import Refusal, refuse_few, unknown
-from knockon.progress import bar
-from knockon.record import RECORD
-from knockon.run import Run
-from knockon.train import Options, train
+from knockon.predict import refuse_few
+from knockon.train import Options
+from knockon.trial import Comparison, Trial, judge, make, sent
 from knockon.types import UserError
 
 log = logging.getLogger("knockon")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """How models are compared."""
-
-    models: tuple[str, ...] = (*BASELINES, "ripple")
-    """Names, or name:preset; the simple baselines are added where they are missing."""
-    cells: int = 256
-    """Predicted cells of each condition."""
-    steps: int | None = None
-    """Training steps of every model that has any; each preset's own without it, as in earlier stages."""
-    seed: int = 0
-    """Seed of training, prediction and the ceiling."""
-    suite: tuple[suites.Name, ...] = ("core",)
-    """Which metrics, by which conventions; several may be named."""
-    fallback: str | None = None
-    """Baseline that answers for the conditions that a model has no basis to predict; without one, such a
-    model is left out."""
 
 
 def compare(
@@ -72,49 +46,158 @@ def compare(
     -------
     DataFrame
         The summary: ``model, metric, mean, low, high, floor, ceiling, calibrated``.
+
+    Raises
+    ------
+    UserError
+        If a model failed, after all others were trained, predicted and scored; or another command is at work
+        in the folder.
     """
     folder = Path(out)
+    trials = {"": _trial(folder, screen, split, comparison, options, further)}
+    if _pooled(folder):
+        raise UserError(
+            f"{folder} holds comparisons of several splits or seeds",
+            mend="choose another --out, or name them all",
+        )
+    with alone(folder):
+        ended = _done(trials, quiet=options.quiet)
+    ended.refuse_failed()
+    return ended.done[""]
+
+
+def compare_all(
+    screen: Screen,
+    held_out: Mapping[str, Split],
+    seeds: Sequence[int],
+    *,
+    out: str | Path,
+    comparison: Comparison = Comparison(),
+    options: Options = Options(),
+) -> dict[str, pd.DataFrame]:
+    """Compare models on several splits, with several seeds each.
+
+    Each split and seed is a comparison in a folder of its own, ``SPLIT-seedSEED``. Beside these,
+    ``scores.csv`` and ``summary.csv`` hold all of theirs, with the columns ``split`` and ``seed`` in front.
+
+    Parameters
+    ----------
+    held_out
+        Splits by name.
+    seeds
+        In the place of the comparison's.
+
+    Returns
+    -------
+    dict
+        For each split the summary of the means over seeds, so that intervals are over conditions.
+
+    Raises
+    ------
+    UserError
+        As for ``compare``.
+    """
+    folder, names = Path(out), [(split, seed) for split in held_out for seed in dict.fromkeys(seeds)]
+    if (folder / "runs").exists():
+        raise UserError(f"{folder} holds the comparison of one split and seed", mend="choose another --out")
+    trials = {}
+    for split, seed in names:
+        own, name = dataclasses.replace(comparison, seed=seed), f"{split}-seed{seed}"
+        trials[name] = _trial(folder / name, screen, held_out[split], own, options)
+    with alone(folder, *(trial.folder for trial in trials.values())):
+        ended = _done(trials, quiet=options.quiet)
+        tables = {}
+        for table in ("scores", "summary") if ended.done else ():
+            parts = [
+                pd.read_csv(trials[name].folder / f"{table}.csv").assign(split=split, seed=seed)
+                for (split, seed), name in zip(names, trials, strict=True)
+                if name in ended.done
+            ]
+            tables[table] = pd.concat(parts, ignore_index=True)
+            tables[table] = tables[table][[*POOLED, *parts[0].columns.drop(list(POOLED))]]
+            write_text(folder / f"{table}.csv", tables[table].to_csv(index=False))
+    ended.refuse_failed()
+    by = ["split", "model", "condition", "metric"]
+    means = tables["scores"].groupby(by, sort=False, as_index=False)["value"].mean()
+    return {str(split): summarize(part) for split, part in means.groupby("split", sort=False)}
+
+
+POOLED = ("split", "seed")
+"""Columns in front of the tables of several comparisons."""
+
+
+def _pooled(folder: Path) -> bool:
+    """Whether a folder holds several comparisons."""
+    path = folder / "scores.csv"
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith(",".join(POOLED))
+
+
+def _trial(
+    folder: Path,
+    screen: Screen,
+    split: Split,
+    comparison: Comparison,
+    options: Options,
+    further: Mapping[str, Recipe] | None = None,
+) -> Trial:
+    """Put together what is compared, and refuse what no job could do."""
     chosen = recipes(comparison, further)
     if comparison.fallback not in (None, *BASELINES):
         raise UserError(
             "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(BASELINES)
         )
+    if comparison.jobs < 1 or (comparison.jobs > 1 and comparison.cluster):
+        raise UserError(
+            f"--jobs {comparison.jobs}" + (" with --cluster" if comparison.cluster else ""),
+            expected="1 or more; without --cluster, whose workers do one job each",
+        )
     suites.refuse_unfit(comparison.suite, screen)
     refuse_few(comparison.cells)
-    _announce(split)
-    judged: list[scores.Judged] = []
-    truth: Truth | None = None
-    album: Album | None = None
-    fallback: Run | None = None
-    for name, recipe in chosen.items():
-        log.info("%s ...", name)
-        wanted = () if fallback else split.test
-        try:
-            run = train(recipe, screen, split, out=folder / "runs" / name, options=options, wanted=wanted)
-        except Refusal as refusal:
-            log.warning("%s is left out. %s", name, refusal)
-            continue
-        truth = truth or Truth.of(run.screen, split, source=screen)
-        path = folder / "predictions" / f"{name}.h5ad"
-        predicted = _predicted(run, fallback, path, comparison, quiet=options.quiet)
-        if name == comparison.fallback:
-            fallback = run
-        album = album or Album.begin(folder, truth)
-        judged.append(scores.look(name, Pairs.align(predicted, truth), comparison.suite, album))
-        for line in flags.describe(judged[-1].flags) if name not in BASELINES else ():
-            log.warning("%s: %s", name, line)
-    if truth is None:
-        raise UserError("No model could predict the test conditions", mend="choose other --models")
-    top = scores.ceiling(truth, comparison.suite, seed=comparison.seed).assign(model=CEILING)
-    raised = [one.flags for one in judged]
-    return Verdict(
-        scores=pd.concat([*(one.scores for one in judged), top], ignore_index=True),
-        truth=truth,
+    apart = comparison.jobs > 1 or comparison.cluster is not None
+    return Trial(
+        folder=folder.absolute() if comparison.cluster else folder,
         split=split,
-        suite=comparison.suite,
-        flags=pd.concat([table for table in raised if len(table)] or raised[:1], ignore_index=True),
-        notes={one.name: one.notes for one in judged},
-    ).write(folder)
+        comparison=comparison,
+        recipes=chosen,
+        screen=sent(screen, far=comparison.cluster is not None) if apart else screen,
+        options=dataclasses.replace(options, quiet=options.quiet or apart),
+    )
+
+
+def _done(trials: Mapping[str, Trial], *, quiet: bool) -> Ended[pd.DataFrame]:
+    """Train and predict all models of all trials, those first that answer for others; then score each trial.
+
+    Returns
+    -------
+    Ended
+        The summary of each trial, and what failed of models and trials.
+    """
+    how = next(iter(trials.values())).comparison
+    do = partial(side_by_side, at_once=how.jobs, cluster=how.cluster, quiet=quiet)
+    for trial in trials.values():
+        _announce(trial.split)
+    asked = {
+        (Path(name) / model).as_posix(): trial.only([model])
+        for name, trial in trials.items()
+        for model in trial.recipes
+    }
+    first = {key: one for key, one in asked.items() if how.fallback in one.recipes}
+    made = do(make, first) | do(make, {key: one for key, one in asked.items() if key not in first})
+    could = {
+        name: [model for model in trial.recipes if made.done.get((Path(name) / model).as_posix())]
+        for name, trial in trials.items()
+    }
+    if not made.failed and not all(could.values()):
+        raise UserError("No model could predict the test conditions", mend="choose other --models")
+    scores = {name: (Path(name) / "scores").as_posix() for name, found in could.items() if found}
+    scored = do(judge, {scores[name]: trials[name].only(could[name]) for name in scores})
+    return Ended(
+        done={name: scored.done[key] for name, key in scores.items() if key in scored.done},
+        failed={**made.failed, **scored.failed},
+    )
 
 
 def recipes(comparison: Comparison, further: Mapping[str, Recipe] | None = None) -> dict[str, Recipe]:
@@ -143,53 +226,3 @@ def _announce(split: Split) -> None:
             "additive and shrunken_additive: the mean effect stands in for what was not measured alone: %s",
             ", ".join(lacking),
         )
-
-
-def _predicted(
-    run: Run, fallback: Run | None, path: Path, comparison: Comparison, *, quiet: bool
-) -> anndata.AnnData:
-    """Cells of the test conditions, from the file where an earlier comparison wrote them."""
-    lacking = unknown(run.model, run.split.test)
-    if lacking:
-        told = (run.record.model, comparison.fallback, len(lacking), len(run.split.test))
-        log.warning("%s has no basis: %s answers for %d of %d conditions", *told)
-    by = digest(fallback.folder / RECORD) if lacking and fallback else ""
-    marks = {"run": digest(run.folder / RECORD), "cells": comparison.cells, "fallback": by}
-    if path.exists():
-        earlier = anndata.read_h5ad(path)
-        if marks.items() <= earlier.uns["knockon"].items():
-            return earlier
-    parts = [(run, [label for label in run.split.test if label not in set(lacking)])]
-    parts += [(fallback, lacking)] if fallback else []
-    began = time.monotonic()
-    with bar("predicting", total=len(run.split.test), quiet=quiet) as advance:
-        made = [
-            asked.predict(labels, cells=comparison.cells, seed=comparison.seed, advance=advance)
-            for asked, labels in parts
-            if labels
-        ]
-    predicted = _joined(made)
-    about = {"by_fallback": [str(label) for label in lacking], "seconds": time.monotonic() - began}
-    predicted.uns["knockon"] |= marks | about
-    with written_aside(path) as aside:
-        predicted.write_h5ad(aside)
-    return predicted
-
-
-def _joined(parts: Sequence[anndata.AnnData]) -> anndata.AnnData:
-    """Cells of several predictions, numbered through; their control cells, each once."""
-    pieces: list[anndata.AnnData] = []
-    made, seen = 0, set[str]()
-    for part in parts:
-        names = []
-        for name, is_control in zip(part.obs_names, part.obs["control"], strict=True):
-            names.append(name if is_control else f"predicted_{made}")
-            made += not is_control
-        new = [name not in seen for name in names]
-        piece = part[new].copy()
-        piece.obs_names = [name for name, is_new in zip(names, new, strict=True) if is_new]
-        pieces.append(piece)
-        seen |= set(names)
-    whole = anndata.concat(pieces, merge="same")
-    whole.uns = dict(parts[0].uns)
-    return whole

@@ -1,0 +1,241 @@
+"""Jobs side by side: in processes of this machine or on a cluster, each with its own end."""
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import joblib
+from filelock import FileLock, Timeout
+
+from knockon.progress import bar
+from knockon.types import UserError
+
+J = TypeVar("J")
+T = TypeVar("T")
+LOCK = ".lock"
+"""In a folder that one command at a time writes to. It stays; what counts is who holds it."""
+
+log = logging.getLogger("knockon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended(Generic[T]):
+    """What became of some jobs, by their names: what they returned, or why they failed."""
+
+    done: Mapping[str, T] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def __or__(self, other: "Ended[Any]") -> "Ended[Any]":
+        """Join with other jobs."""
+        return Ended(done={**self.done, **other.done}, failed={**self.failed, **other.failed})
+
+    def refuse_failed(self) -> None:
+        """Name the jobs that failed.
+
+        Raises
+        ------
+        UserError
+            If there is one; with nothing but its message where all failed of the same.
+        """
+        if not self.failed:
+            return
+        texts = {text.rstrip(".") for text in self.failed.values()}
+        if len(texts) == 1 and not self.done:
+            raise UserError(texts.pop())
+        raise UserError(
+            f"{len(self.failed)} of {len(self.failed) + len(self.done)} jobs failed",
+            offenders=[f"{name} ({text})" for name, text in self.failed.items()],
+            mend="the others are kept; the same command does only what is missing",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What a process tells of its job."""
+
+    name: str
+    value: Any
+    failure: str
+    said: tuple[tuple[int, str], ...]
+    seconds: float
+
+
+def side_by_side(
+    work: Callable[[J], T],
+    jobs: Mapping[str, J],
+    *,
+    at_once: int = 1,
+    cluster: str | None = None,
+    quiet: bool = True,
+) -> Ended[T]:
+    """Do jobs, whatever becomes of the others.
+
+    Parameters
+    ----------
+    work
+        Does one; importable, as are the jobs' types. Large arrays reach other processes of this machine as
+        files in shared memory, once for all of them.
+    jobs
+        By name.
+    at_once
+        Processes on this machine, each with its share of the threads. With one, nothing leaves this process.
+    cluster
+        Address of a dask scheduler, whose workers do the jobs instead.
+    quiet
+        Show no bar of the jobs that are done.
+
+    Raises
+    ------
+    UserError
+        If a process was killed, or the cluster cannot be reached or has workers of several threads.
+    """
+    if cluster is None and min(at_once, len(jobs)) <= 1:
+        return _one_by_one(work, jobs)
+    reports: dict[str, _Report] = {}
+    with _backend(cluster, at_once), bar("jobs", total=len(jobs), quiet=quiet) as advance:
+        launch: Any = joblib.Parallel(pre_dispatch="all", mmap_mode="c", return_as="generator_unordered")
+        parent = os.getpid() if cluster is None else None
+        try:
+            for report in launch(
+                joblib.delayed(_told)(work, name, job, parent) for name, job in jobs.items()
+            ):
+                reports[report.name] = report
+                log.info("%s: %.0f s", report.name, report.seconds)
+                for level, text in report.said:
+                    log.log(level, "  %s", text)
+                advance(report.name)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A process was killed in the middle of its job, as happens when memory runs out",
+                offenders=[name for name in jobs if name not in reports],
+                mend="with fewer --jobs, the same command does only what is missing",
+            ) from error
+    found = [reports[name] for name in jobs]
+    return Ended(
+        done={one.name: one.value for one in found if not one.failure},
+        failed={one.name: one.failure for one in found if one.failure},
+    )
+
+
+@contextmanager
+def alone(*folders: Path) -> Iterator[None]:
+    """Keep other commands out of folders; who was killed holds nothing any more.
+
+    Raises
+    ------
+    UserError
+        If another command is at work in one of them, or it cannot be written to.
+    """
+    with ExitStack() as held:
+        for folder in dict.fromkeys(folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(folder / LOCK, timeout=0))
+            except Timeout as error:
+                raise UserError(
+                    f"Another command is at work in {folder}",
+                    mend="wait for its end, or choose another --out",
+                ) from error
+            except OSError as error:
+                raise UserError(
+                    f"Cannot write {folder} ({error.strerror or error})",
+                    expected="a folder that can be written to",
+                    mend="choose another place with --out",
+                ) from error
+        yield
+
+
+def _one_by_one(work: Callable[[J], T], jobs: Mapping[str, J]) -> Ended[T]:
+    done, failed = dict[str, T](), dict[str, str]()
+    for name, job in jobs.items():
+        log.info("%s ...", name)
+        try:
+            done[name] = work(job)
+        except UserError as error:
+            failed[name] = str(error)
+            log.error("%s failed. %s", name, error)
+    return Ended(done=done, failed=failed)
+
+
+def _told(work: Callable[[J], T], name: str, job: J, parent: int | None) -> _Report:
+    """Do a job in another process, and keep what it says for this one, so that lines do not mix."""
+    if parent is not None:
+        _end_with(parent)
+    said: list[tuple[int, str]] = []
+    handler = _Keeping(said)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    began, value, failure = time.monotonic(), None, ""
+    try:
+        value = work(job)
+    except UserError as error:
+        failure = str(error)
+        said.append((logging.ERROR, f"failed. {error}"))
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True
+    return _Report(
+        name=name, value=value, failure=failure, said=tuple(said), seconds=time.monotonic() - began
+    )
+
+
+class _Keeping(logging.Handler):
+    def __init__(self, said: list[tuple[int, str]]) -> None:
+        super().__init__()
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append((record.levelno, record.getMessage()))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that gave it the job was killed: nobody would wait for it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if all(thread.name != "knockon-watch" for thread in threading.enumerate()):
+        threading.Thread(target=watch, name="knockon-watch", daemon=True).start()
+
+
+@contextmanager
+def _backend(cluster: str | None, at_once: int) -> Iterator[None]:
+    """Choose where joblib does its jobs."""
+    if cluster is None:
+        with joblib.parallel_config("loky", n_jobs=at_once), warnings.catch_warnings():
+            # a process that has grown is replaced between two jobs, as it should be
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
+            yield
+        return
+    try:
+        from distributed import Client  # noqa: PLC0415 (of an extra)
+    except ImportError as error:
+        raise UserError("--cluster needs dask.distributed", mend="pip install 'knockon[cluster]'") from error
+    try:
+        client: Any = Client(cluster, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"No dask scheduler answers at {cluster}",
+            expected="an address such as tcp://node:8786",
+            mend="start one with dask scheduler, and workers with dask worker ADDRESS --nthreads 1",
+        ) from error
+    with client:
+        if any(threads > 1 for threads in client.nthreads().values()):
+            raise UserError(
+                f"Workers of {cluster} do several jobs in one process",
+                expected="workers of one thread, since training draws from a generator of its process",
+                mend="start them with dask worker ADDRESS --nthreads 1",
+            )
+        with joblib.parallel_config("dask", client=client, n_jobs=-1):
+            yield

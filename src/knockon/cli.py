@@ -135,7 +135,7 @@ class Train(Command):
     """How it is trained; its preset without options."""
     start: Annotated[Path | None, arg(name="from")] = None
     """Run folder whose weights training begins with, of the same model; what has another name is new."""
-    options: Annotated[Options, Flat] = Options()
+    options: Annotated[Options, Flat] = Options(quiet=False)
     columns: Annotated[Columns, Flat] = Columns()
 
     @classmethod
@@ -221,7 +221,7 @@ class Compare(Command):
     seeds: tuple[int, ...] = ()
     """Several in the place of --seed; each is compared in a folder of its own."""
     comparison: Annotated[Comparison, Flat] = Comparison()
-    options: Annotated[Options, Flat] = Options()
+    options: Annotated[Options, Flat] = Options(quiet=False)
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:

@@ -14,7 +14,7 @@ from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
 from knockon.evaluate.summary import BASELINES, summarize
 from knockon.files import write_text
-from knockon.jobs import Ended, alone, side_by_side
+from knockon.jobs import Ended, alone, do_all
 from knockon.model import Recipe
 from knockon.predict import refuse_few
 from knockon.train import Options
@@ -176,7 +176,7 @@ def _done(trials: Mapping[str, Trial], *, quiet: bool) -> Ended[pd.DataFrame]:
         The summary of each trial, and what failed of models and trials.
     """
     how = next(iter(trials.values())).comparison
-    do = partial(side_by_side, at_once=how.jobs, cluster=how.cluster, quiet=quiet)
+    do = partial(do_all, at_once=how.jobs, cluster=how.cluster, quiet=quiet)
     for trial in trials.values():
         _announce(trial.split)
     asked = {

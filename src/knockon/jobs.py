@@ -51,7 +51,7 @@ class Ended(Generic[T]):
         if len(texts) == 1 and not self.done:
             raise UserError(texts.pop())
         raise UserError(
-            f"{len(self.failed)} of {len(self.failed) + len(self.done)} jobs failed",
+            "Failed",
             offenders=[f"{name} ({text})" for name, text in self.failed.items()],
             mend="the others are kept; the same command does only what is missing",
         )
@@ -68,7 +68,7 @@ class _Report:
     seconds: float
 
 
-def side_by_side(
+def do_all(
     work: Callable[[J], T],
     jobs: Mapping[str, J],
     *,

@@ -1,5 +1,7 @@
 """Progress bars for long work, silent where nobody watches."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,7 +33,7 @@ def bar(
         console=console,
         disable=quiet or not console.is_terminal,
     )
-    with display:
+    with _logging_above(display):
         task = display.add_task(description, total=total, completed=start, text="", rate="")
 
         def advance(text: str = "") -> None:
@@ -40,3 +42,19 @@ def bar(
             display.update(task, advance=1, rate=rate, text=text or display.tasks[0].fields["text"])
 
         yield advance
+
+
+@contextmanager
+def _logging_above(display: Progress) -> Iterator[None]:
+    """Show a bar; what is logged meanwhile appears above it and not in the midst of it."""
+    usual = sys.stderr
+    with display:
+        streaming = [one for one in logging.root.handlers if isinstance(one, logging.StreamHandler)]
+        moved = [handler for handler in streaming if handler.stream is usual]
+        for handler in moved:
+            handler.setStream(sys.stderr)
+        try:
+            yield
+        finally:
+            for handler in moved:
+                handler.setStream(usual)

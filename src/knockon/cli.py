@@ -22,11 +22,11 @@ from knockon.commands.rank import Rank
 from knockon.compare import compare, compare_all
 from knockon.data import inspect, simulate, splits
 from knockon.data.conventions import Columns
+from knockon.data.h5ad import write_h5ad
 from knockon.evaluate import flags, scores, suites, tables
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.prediction import read
 from knockon.evaluate.report import page
-from knockon.files import written_aside
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
 from knockon.trial import Comparison
@@ -77,8 +77,7 @@ class Simulate(Command):
         told = {name: value for name, value in asked.items() if value is not None}
         config = dataclasses.replace(getattr(simulate, self.preset)(), seed=self.seed, **told)
         adata = simulate.simulate(config)
-        with written_aside(self.out) as aside:
-            adata.write_h5ad(aside)
+        write_h5ad(adata, self.out)
         say(f"{self.out}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
 
 

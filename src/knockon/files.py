@@ -1,26 +1,43 @@
 """Files that appear whole or not at all, and JSON that is checked when it is read back."""
 
 import dataclasses
+import errno
+import glob
 import hashlib
 import json
 import math
 import os
+import platform
+import re
 import tempfile
+import time
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
+from safetensors import SafetensorError
 
 from knockon.types import UserError
 
 T = TypeVar("T")
 
+HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+"""Stands for this machine in the names of temporary files."""
+ABANDONED = 24 * 3600.0
+"""Seconds after which a temporary file that nothing was written to is nobody's, whatever machine it is of."""
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What a disk refuses a write with."""
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``, and rename it to ``path`` when all went well.
+
+    What a process that was killed left behind while it wrote the same file is removed.
 
     Raises
     ------
@@ -30,21 +47,48 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        _sweep(path)
+        mark = f"{_prefix(path)}{HERE}-{os.getpid()}-"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=mark, suffix=path.suffix)
         os.close(handle)
         aside = Path(name)
         yield aside
         aside.chmod(0o644)
         aside.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write {path} ({error.strerror or error})",
-            expected="a folder that can be written to, with space on its disk",
-            mend="choose another place with --out, or free some space",
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
     finally:
         if aside is not None:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> UserError:
+    """Say that a file cannot be written, and why."""
+    known = [os.strerror(number) for number in OF_THE_DISK if os.strerror(number) in str(error)]
+    return UserError(
+        f"Cannot write {path} ({(known or [getattr(error, 'strerror', None) or error])[0]})",
+        expected="a folder that can be written to, with space on its disk",
+        mend="choose another place with --out, or free some space; then give the same command again",
+    )
+
+
+def _prefix(path: Path) -> str:
+    """Begin the names of the temporary files of a path; those of no other path begin so."""
+    return f".{path.name[:100]}-"
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files of a path whose process is gone."""
+    prefix = _prefix(path)
+    for left in path.parent.glob(f"{glob.escape(prefix)}*{glob.escape(path.suffix)}"):
+        told = re.fullmatch(r"([0-9a-f]{6})-(\d+)-[^-]*", left.name.removeprefix(prefix).removesuffix(path.suffix))
+        if told is None:
+            continue
+        with suppress(OSError):  # somebody else was faster
+            of_the_dead = told[1] == HERE and not psutil.pid_exists(int(told[2]))
+            if of_the_dead or time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"There is no {path}", mend="check the path") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Cannot read {path} ({error})", expected="a JSON file") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}", expected="a JSON object")

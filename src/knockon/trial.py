@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from knockon.data.conventions import Columns
+from knockon.data.h5ad import write_h5ad
 from knockon.data.screen import Screen, read
 from knockon.data.splits import Split
 from knockon.evaluate import flags, scores, suites
@@ -21,7 +22,7 @@ from knockon.evaluate.report.portrait import Album
 from knockon.evaluate.summary import BASELINES, CEILING
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
-from knockon.files import digest, written_aside
+from knockon.files import digest
 from knockon.model import Recipe
 from knockon.predict import Refusal, unknown
 from knockon.progress import bar
@@ -213,8 +214,7 @@ def _predict(run: Run, trial: Trial, name: str, screen: Screen, fallback: Path |
     predicted = _joined(made)
     about = {"by_fallback": [str(label) for label in lacking], "seconds": time.monotonic() - began}
     predicted.uns["knockon"] |= marks | about
-    with written_aside(path) as aside:
-        predicted.write_h5ad(aside)
+    write_h5ad(predicted, path)
 
 
 def _joined(parts: Sequence[anndata.AnnData]) -> anndata.AnnData:

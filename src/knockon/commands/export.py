@@ -8,9 +8,9 @@ from tyro.conf import Positional, arg
 
 from knockon.commands.common import Command, Flat, Predicted, log, read_screen, say
 from knockon.data.conventions import Columns
+from knockon.data.h5ad import write_h5ad
 from knockon.evaluate import export
 from knockon.evaluate.prediction import read
-from knockon.files import written_aside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class Export(Command):
         for note in found.notes:
             log.info(note)
         made = export.vcc2026(found, screen, seed=self.seed)
-        with written_aside(self.out) as aside:
-            made.write_h5ad(aside)
+        write_h5ad(made, self.out)
         targets = made.obs[export.TARGET].nunique() - 1
         say(f"{self.out}: {made.n_obs:,} cells of {targets} targets and control x {made.n_vars:,} genes")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-import anndata
 from tyro.conf import arg
 
 from knockon.commands.common import (
@@ -20,12 +19,13 @@ from knockon.commands.common import (
     show,
 )
 from knockon.data.conventions import Columns
+from knockon.data.h5ad import write_h5ad
 from knockon.data.screen import Screen
 from knockon.data.store import read_obs
 from knockon.embed import CHUNK as EMBEDDED_AT_ONCE
 from knockon.embed import refuse_without_embedding
 from knockon.evaluate import reconstruction
-from knockon.files import from_text, written_aside
+from knockon.files import from_text
 from knockon.predict import CHUNK, all_pairs, unknown
 from knockon.progress import bar
 from knockon.run import Run, Trained, trained
@@ -91,7 +91,7 @@ class Predict(Command):
         labels = self._pairs(run) if self.all_pairs else run.resolve(self.part or listed(self.perturbations))
         with bar("predicting", total=len(labels), quiet=self.quiet) as advance:
             predicted = run.predict(labels, cells=self.cells, seed=self.seed, advance=advance)
-        _write(predicted, self.out)
+        write_h5ad(predicted, self.out)
         made = int((~predicted.obs["control"]).sum())
         say(f"{self.out}: {made:,} predicted cells, and {predicted.n_obs - made:,} control cells")
 
@@ -134,7 +134,7 @@ class Generate(Command):
         run = self.changes.apply(trained(self.folder, device=self.device))
         with bar("generating", total=-(-self.cells // CHUNK), quiet=self.quiet) as advance:
             made = run.generate(given, cells=self.cells, seed=self.seed, advance=advance)
-        _write(made, self.out)
+        write_h5ad(made, self.out)
         of = ", ".join(f"{name} {value}" for name, value in made.uns["knockon"]["given"].items())
         say(f"{self.out}: {made.n_obs:,} cells of {of}")
 
@@ -180,7 +180,7 @@ class Embed(Command):
                 table = reconstruction.score_parts(scored, screen, parts, seed=self.seed, advance=advance)
             embedded.uns["knockon"]["reconstruction"] = table
             show(reconstruction.render(table))
-        _write(embedded, self.out)
+        write_h5ad(embedded, self.out)
         (latents,) = embedded.obsm.values()
         say(f"{self.out}: {embedded.n_obs:,} cells x {latents.shape[1]:,} latents")
 
@@ -204,8 +204,3 @@ class Embed(Command):
                 mend="say where it is with --trained-on, or leave out --score",
             )
         return Run.load(self.folder, screen=own, device=self.device)
-
-
-def _write(cells: anndata.AnnData, path: Path) -> None:
-    with written_aside(path) as aside:
-        cells.write_h5ad(aside)

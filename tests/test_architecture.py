@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "knockon"
 FILES = sorted(SOURCE.rglob("*.py"))
 TIERS = (
-    {"types", "files", "progress", "jobs"},
+    {"types", "files", "interrupt", "progress", "jobs"},
     {"data", "dynamics", "nn"},
     {"model"},
     {"baseline"},

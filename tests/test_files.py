@@ -1,11 +1,15 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from safetensors import SafetensorError
 
-from knockon.files import from_plain, from_text, read_json, write_json, written_aside
+from knockon.files import HERE, from_plain, from_text, read_json, write_json, written_aside
 from knockon.types import UserError
 
 
@@ -68,7 +72,7 @@ def test_an_unwritable_place_is_a_message(tmp_path: Path) -> None:
         write_json(tmp_path / "file" / "a.json", {})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000, "9" * 10_000], ids=range(6))
 def test_bad_json_is_a_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match="JSON"):
@@ -104,3 +108,36 @@ def test_text_is_read_as_the_annotated_type(hint: object, text: str, value: obje
 def test_text_of_another_type_is_refused_by_name(hint: object, text: str) -> None:
     with pytest.raises(UserError, match="--set steps"):
         from_text(hint, text, where="--set steps")
+
+
+def left_by(path: Path, process: int, *, machine: str = HERE) -> Path:
+    left = path.with_name(f".{path.name}-{machine}-{process}-abcdefgh{path.suffix}")
+    left.write_text("half")
+    return left
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].json"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ours, of_another = left_by(path, gone.pid), left_by(tmp_path / "b.json", gone.pid)
+    write_json(path, {})
+    assert not ours.exists()
+    assert of_another.exists()
+
+
+def test_what_may_be_written_at_the_moment_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    alive, elsewhere = left_by(path, os.getppid()), left_by(path, 999_999, machine="0" * 6)
+    write_json(path, {})
+    assert alive.exists()
+    assert elsewhere.exists()
+    os.utime(elsewhere, (0, 0))
+    write_json(path, {})
+    assert alive.exists()
+    assert not elsewhere.exists()
+
+
+def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\(No space left on device\)"), written_aside(tmp_path / "a"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

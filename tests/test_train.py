@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 from knockon import models, validate
@@ -16,6 +19,7 @@ from knockon.data import simulate, splits
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.files import digest
+from knockon.interrupt import Ended
 from knockon.model import Losses, Model, Recipe, Training
 from knockon.record import LOG, WEIGHTS
 from knockon.run import Run
@@ -125,6 +129,49 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, kind: type[Model], steps: int) -
     monkeypatch.setattr(kind, "loss", loss)
 
 
+def test_a_run_that_is_asked_to_end_loses_nothing(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Slurm asks, before it takes the machine back."""
+    asked = recipe(checkpoint_every=0)
+    whole = train(asked, screen, split, out=tmp_path / "whole")
+    original, count = type(whole.model).loss, iter(range(100))
+
+    def loss(self: Model, batch: CellSets, rng: torch.Generator) -> Losses:
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, rng)
+
+    monkeypatch.setattr(type(whole.model), "loss", loss)
+    with pytest.raises(Ended, match="stopped at step 3 of 6"):
+        train(asked, screen, split, out=tmp_path / "parts")
+    parts = train(asked, screen, split, out=tmp_path / "parts")
+    assert next(count) == 6, "no step was done twice"
+    assert digest(parts.folder / WEIGHTS) == digest(whole.folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_weights_that_are_no_numbers_are_not_kept(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """After the last step no loss tells of them."""
+    asked = recipe(log_every=100, validate_every=0)
+    kind, count = type(train(asked, screen, split, out=tmp_path / "good").model), iter(range(1, 100))
+    original = kind.loss
+
+    def loss(self: Model, batch: CellSets, rng: torch.Generator) -> Losses:
+        losses = original(self, batch, rng)
+        broken = losses["total"] * torch.tensor(torch.inf) if next(count) == at else 0.0
+        return losses | {"total": losses["total"] + (broken - broken if at == 6 else broken)}
+
+    monkeypatch.setattr(kind, "loss", loss)
+    with pytest.raises(UserError, match=rf"diverged by step {4 if at == 3 else 6} .*(weights|total)"):
+        train(asked, screen, split, out=tmp_path / "bad")
+    assert not (tmp_path / "bad" / WEIGHTS).exists()
+    with safetensors.safe_open(tmp_path / "bad" / CHECKPOINT, framework="pt") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
 @pytest.mark.slow
 def test_a_killed_process_continues_to_the_same_bits(tmp_path: Path) -> None:
     """kill -9 in the middle of training, from outside."""
@@ -191,7 +238,7 @@ def test_another_run_in_the_folder_is_refused(
 
 
 def test_divergence_is_a_message(screen: Screen, split: Split, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="diverged at step"):
+    with pytest.raises(UserError, match="diverged by step"):
         train(
             recipe(steps=200, lr=1e9, clip=0.0, ema=0.0, validate_every=0, schedule="constant"),
             screen,

@@ -1,20 +1,29 @@
 """What a training run leaves on the way: a checkpoint to resume from, and a log."""
 
+import hashlib
 import json
+import logging
 import math
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from knockon.files import write_text, written_aside
+from knockon.files import unwritable, write_text, written_aside
 from knockon.model import Model, Training
 from knockon.types import UserError
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
+PREVIOUS = "previous.safetensors"
+"""The checkpoint before the last, beside it."""
+
+log = logging.getLogger("knockon")
 
 
 @dataclass(eq=False)
@@ -55,23 +64,60 @@ class State:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        numbers = {"step": self.step, "best_score": self.best_score, "stale": self.stale}
+        self.refuse_nonfinite(path.parent.parent)
+        numbers = json.dumps({"step": self.step, "best_score": self.best_score, "stale": self.stale})
         with written_aside(path) as aside:
-            safetensors.torch.save_file(tensors, aside, metadata={"numbers": json.dumps(numbers)})
+            metadata = {"numbers": numbers, "sha256": _checksum(tensors, numbers)}
+            safetensors.torch.save_file(tensors, aside, metadata=metadata)
+            if path.exists():
+                path.replace(path.with_name(PREVIOUS))
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "best": {}, "optimizer": {}}
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                numbers = json.loads(file.metadata()["numbers"])
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part, _, rest = name.partition(".")
-                    parts[part][rest] = file.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"Cannot read the checkpoint {path} ({error})", mend="remove the run folder and train again"
-            ) from error
+    def refuse_nonfinite(self, folder: Path) -> None:
+        """Refuse weights that are no numbers: nothing that follows from them would be one.
+
+        Raises
+        ------
+        UserError
+            If a parameter is not finite.
+        """
+        models = [self.model] if self.average is None else [self.model, self.average]
+        named = [pair for model in models for pair in model.named_parameters()]
+        marks = [parameter.isfinite().all() for _, parameter in named]
+        if marks and not bool(torch.stack(marks).all()):
+            wrong = [name for (name, _), mark in zip(named, marks, strict=True) if not mark]
+            told = f"lr {self.optimizer.param_groups[0]['lr']:g}, weights not finite such as {wrong[0]}"
+            raise diverged(folder, self.step, told)
+
+    def resume(self, path: Path) -> bool:
+        """Continue from a checkpoint, or where it is damaged from the one before.
+
+        Returns
+        -------
+        bool
+            Whether there was one.
+
+        Raises
+        ------
+        UserError
+            If there is one, and none can be read.
+        """
+        there = [one for one in (path, path.with_name(PREVIOUS)) if one.exists()]
+        trouble: UserError | None = None
+        for one in there:
+            try:
+                numbers, parts = _read(one)
+            except UserError as error:
+                trouble = trouble or error
+                continue
+            if trouble is not None:
+                log.warning("%s Step %d, of %s, is continued from instead.", trouble, numbers["step"], one)
+            self._take(numbers, parts)
+            return True
+        if trouble is not None:
+            raise trouble
+        return False
+
+    def _take(self, numbers: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
         self.model.load_state_dict(parts["model"])
         if self.average is not None:
             self.average.load_state_dict(parts["average"])
@@ -84,14 +130,78 @@ class State:
         self.step, self.best_score, self.stale = numbers["step"], numbers["best_score"], numbers["stale"]
 
 
+def diverged(folder: Path, step: int, what: str) -> UserError:
+    """Say that training lost itself, where, and from where it could go on."""
+    kept = folder / CHECKPOINT
+    safe = f"{kept} is from before" if kept.exists() else "there is no checkpoint from before"
+    return UserError(
+        f"Training diverged by step {step} ({what}); {safe}",
+        expected="finite numbers",
+        mend="lower --train.lr, bound the gradient with --train.clip, or rise more slowly with"
+        " --train.warmup, in another --out",
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Read a checkpoint that is as it was written.
+
+    Raises
+    ------
+    UserError
+        If it is not.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "best": {}, "optimizer": {}}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if _checksum(tensors, metadata["numbers"]) != metadata["sha256"]:
+            raise ValueError("its checksum is another")
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        return json.loads(metadata["numbers"]), parts
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"Cannot read the checkpoint {path} ({error})",
+            expected="the file that training wrote",
+            mend=f"restore it, or remove {path.parent} to train from the beginning",
+        ) from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], numbers: str) -> str:
+    """SHA-256 of all that a checkpoint says, as hexadecimal text."""
+    marks = hashlib.sha256(numbers.encode())
+    for name, tensor in sorted(tensors.items()):
+        marks.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        marks.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return marks.hexdigest()
+
+
 class Journal:
     """``log.jsonl``: one line for each logged step, none of a step that will be done again."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Drop what an earlier process logged after the step that training continues from."""
+        """Drop what an earlier process logged after the step that training continues from.
+
+        Raises
+        ------
+        UserError
+            If a line is damaged that will not be written again.
+        """
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        kept: list[str] = []
+        for at, line in enumerate(lines):
+            done = _step(line)
+            if done is None and at < len(lines) - 1:  # the last one may have been cut off
+                raise UserError(
+                    f"Cannot read line {at + 1} of {path}",
+                    expected='a JSON object with a "step"',
+                    mend="remove the line",
+                )
+            if done is not None and done <= step:
+                kept.append(line)
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, **values: float) -> None:
@@ -100,14 +210,21 @@ class Journal:
         Raises
         ------
         UserError
-            If a value is not finite.
+            If a value is not finite, or the disk is full.
         """
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            raise UserError(
-                f"Training diverged at step {step}: not a finite number",
-                offenders=wrong,
-                mend="lower --train.lr, or bound the gradient with --train.clip",
-            )
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        if not all(map(math.isfinite, values.values())):
+            told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            raise diverged(self.path.parent, step, told)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+
+def _step(line: str) -> int | None:
+    """Step that a line of the log is of; None where it does not tell."""
+    with suppress(ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else None
+    return None

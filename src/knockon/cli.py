@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import pandas as pd
 import tyro
@@ -15,6 +17,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from knockon import models
+from knockon.commands import limits
 from knockon.commands.common import Command, Data, Flat, Folder, Predicted, read_screen, say, show
 from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
@@ -27,6 +30,7 @@ from knockon.evaluate import flags, scores, suites, tables
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.prediction import read
 from knockon.evaluate.report import page
+from knockon.interrupt import Ended, ended_by_sigterm
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
 from knockon.trial import Comparison
@@ -289,13 +293,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     log.setLevel(logging.INFO)
     try:
-        _command(arguments).run()
+        with ended_by_sigterm():
+            _command(arguments).run()
     except UserError as error:
-        Console(stderr=True, highlight=False).print(f"knockon: {error}", markup=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nknockon: stopped; the same command continues where it left off")
-        sys.exit(130)
+        _refuse(error)
+    except KeyboardInterrupt as error:
+        number, note = (error.number, error.note) if isinstance(error, Ended) else (signal.SIGINT, "")
+        text = f"\nknockon: {note or 'stopped'}; the same command continues where it left off"
+        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        sys.exit(128 + number)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (MemoryError, OSError, RuntimeError) as error:
+        explained = limits.explained(error, arguments[0])
+        if explained is None:
+            raise
+        _refuse(explained)
+
+
+def _refuse(error: UserError) -> NoReturn:
+    Console(stderr=True, highlight=False).print(f"knockon: {error}", markup=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def _command(arguments: list[str]) -> Command:

@@ -82,7 +82,8 @@ def _sweep(path: Path) -> None:
     """Remove temporary files of a path whose process is gone."""
     prefix = _prefix(path)
     for left in path.parent.glob(f"{glob.escape(prefix)}*{glob.escape(path.suffix)}"):
-        told = re.fullmatch(r"([0-9a-f]{6})-(\d+)-[^-]*", left.name.removeprefix(prefix).removesuffix(path.suffix))
+        rest = left.name.removeprefix(prefix).removesuffix(path.suffix)
+        told = re.fullmatch(r"([0-9a-f]{6})-(\d+)-[^-]*", rest)
         if told is None:
             continue
         with suppress(OSError):  # somebody else was faster

@@ -23,6 +23,7 @@ from knockon.data.splits import Split
 from knockon.data.vectors import read_vectors
 from knockon.embed import table
 from knockon.files import digest
+from knockon.interrupt import wishes
 from knockon.model import Model, ModelConfig, Recipe, Training, model_class, name_of
 from knockon.predict import refuse_unknown
 from knockon.progress import bar
@@ -273,12 +274,11 @@ def _optimize(
     with (
         torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []),
         bar("training", total=training.steps, start=state.step, quiet=options.quiet) as advance,
+        wishes() as wish,
     ):
         while state.step < training.steps and not state.exhausted(training):
             # ---- one training step ------------------------------------------------------------
-            seed = _step_seed(training.seed, state.step)
-            torch.manual_seed(seed)  # noqa: TID251 (dropout knows no other generator)
-            rng = torch.Generator(fabric.device).manual_seed(seed)
+            rng = _generator(training.seed, state.step, fabric.device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, training)
             losses = objective(sampler.batch(state.step), rng)
@@ -301,9 +301,11 @@ def _optimize(
                 state.judge(score(state.predictor))
                 network.train()
                 journal.write(state.step, validation=state.score)
-            if _due(state.step, training.checkpoint_every):
+            if _due(state.step, training.checkpoint_every) or wish.number:
                 state.save(folder / CHECKPOINT)
             advance(text)
+            wish.heed(f"stopped at step {state.step} of {training.steps}")
+    state.refuse_nonfinite(folder)
     network.load_state_dict(state.best or state.predictor.state_dict())
     return state.step
 
@@ -312,8 +314,7 @@ def _begin(network: Model, folder: Path, training: Training) -> State:
     """Start anew, or where the folder's checkpoint says."""
     average = copy.deepcopy(network).requires_grad_(requires_grad=False) if training.ema else None
     state = State(network, average, _optimizer(network, training))
-    if (folder / CHECKPOINT).exists():
-        state.load(folder / CHECKPOINT)
+    if state.resume(folder / CHECKPOINT):
         log.info("Continuing %s at step %d of %d", folder, state.step, training.steps)
     return state
 
@@ -349,8 +350,11 @@ def _sampler(
     return sampler
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Make the generator of a step, and seed the global one alike: dropout knows no other."""
+    words = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(words)  # noqa: TID251
+    return torch.Generator(device).manual_seed(words)
 
 
 def _due(step: int, every: int) -> bool:

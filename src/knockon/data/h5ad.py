@@ -1,4 +1,4 @@
-"""Cells written as ``.h5ad``, whole or not at all, also where the disk is full, with checksums of the values."""
+"""Cells written as ``.h5ad``, whole or not at all, also on a full disk, with checksums of the values."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -36,21 +36,22 @@ def write_h5ad(adata: anndata.AnnData, path: Path) -> None:
             raise sink.failure
 
 
-def _checked(  # noqa: PLR0913 - as anndata calls it
-    write: Callable[..., None],
-    store: h5py.Group,
-    name: str,
-    value: Any,
+def _checked(
+    write_func: Callable[..., None],
+    store: Any,
+    elem_name: str,
+    elem: Any,
     *,
+    iospec: object,  # noqa: ARG001 - as anndata calls it
     dataset_kwargs: Mapping[str, Any],
-    iospec: object,
 ) -> None:
-    """Write one element; what has a fixed size can have a checksum."""
-    if value is None:
-        return
-    array = value.data if sp.issparse(value) else value
-    fixed = isinstance(array, np.ndarray) and array.dtype.kind in "biuf" and array.size > 0 and array.ndim > 0
-    write(store, name, value, dataset_kwargs={**dataset_kwargs, **(CHECKED if fixed else {})})
+    """Write one element; numbers can have a checksum, texts and single values cannot."""
+    array = elem.data if sp.issparse(elem) else elem
+    numbers = (
+        isinstance(array, np.ndarray) and array.dtype.kind in "biuf" and array.size > 0 and array.ndim > 0
+    )
+    if elem is not None:
+        write_func(store, elem_name, elem, dataset_kwargs={**dataset_kwargs, **(CHECKED if numbers else {})})
 
 
 class _Sink:

@@ -144,6 +144,12 @@ def _open(path: Path) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, MemoryError):  # of a large file, or of a damaged one that calls itself large
+        return UserError(
+            f"Cannot read {path} into memory ({reason})",
+            expected="a file that fits into what this machine has left",
+            mend="read it where there is more, or look whether the file is damaged",
+        )
     return UserError(
         f"Cannot read {path} ({reason})",
         expected="a whole .h5ad or .zarr file, as anndata writes it",

@@ -3,6 +3,7 @@
 from knockon import models
 from knockon.compare import Comparison, compare
 from knockon.data import splits
+from knockon.data.build import prepare
 from knockon.data.screen import Screen
 from knockon.evaluate.scores import evaluate
 from knockon.ranking.rank import rank
@@ -20,6 +21,7 @@ __all__ = [
     "compare",
     "evaluate",
     "models",
+    "prepare",
     "rank",
     "splits",
     "train",

@@ -21,6 +21,7 @@ from knockon.commands import limits
 from knockon.commands.common import Command, Data, Flat, Folder, Predicted, read_screen, say, show
 from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
+from knockon.commands.prepare import Prepare
 from knockon.commands.rank import Rank
 from knockon.compare import compare, compare_all
 from knockon.data import inspect, simulate, splits
@@ -44,12 +45,17 @@ class Inspect(Command):
     """Say what is in a file, what is wrong with it, and how to mend it."""
 
     data: Data
-    """A screen: .h5ad or .zarr."""
+    """A screen: .h5ad, .zarr or a store."""
+    verify: bool = False
+    """Read every file of a store and name those that are not as they were written, instead."""
     columns: Annotated[Columns, Flat] = Columns()
 
     def run(self) -> None:
         """Print the report; exit status 2 where a fault keeps the file from being used."""
-        report = inspect.inspect(self.data, self.columns)
+        if self.verify:
+            report = inspect.verify(self.data, quiet=False)
+        else:
+            report = inspect.inspect(self.data, self.columns)
         for line in report.lines():
             say(line)
         if report.faults:
@@ -125,7 +131,7 @@ class Train(Command):
     name: Positional[Annotated[str, arg(metavar="MODEL")]]
     """The model, `ripple` without one; `knockon train` alone lists them."""
     data: Path
-    """A screen: .h5ad or .zarr."""
+    """A screen: .h5ad, .zarr, or a store of `knockon prepare`."""
     out: Path
     """The run folder to write, or to continue."""
     split: str = "additive"
@@ -274,6 +280,7 @@ class Report(Command):
 COMMANDS: dict[str, type[Command]] = {
     "inspect": Inspect,
     "simulate": Simulate,
+    "prepare": Prepare,
     "split": Split,
     "train": Train,
     "predict": Predict,

@@ -88,7 +88,7 @@ def annotated(
         labels = [label for label, found in screen.rows.items() for _ in found]
         dosed = screen.dose_unit is not None
         obs = described([labels[i] for i in order], screen.covariates, dosed=dosed)
-        obs.index = pd.Index([screen.cells[row] for row in rows])
+        obs.index = pd.Index(screen.names_of(rows))
     whole = isinstance(matrix, sp.csr_matrix) and len(rows) == len(screen.cells)
     values = matrix if whole else sp.vstack(list(blocks(matrix, rows)), format="csr")
     adata = anndata.AnnData(values, obs=obs, var=pd.DataFrame(index=pd.Index(screen.genes)))

@@ -206,16 +206,18 @@ def _assemble(
     used: Sequence[Int[np.ndarray, "cells"]],
 ) -> anndata.AnnData:
     """Predicted cells and, below them, the control cells of their contexts."""
-    context = {row: label for label in screen.controls for row in screen.rows[label].tolist()}
     controls = np.unique(np.concatenate([screen.control_rows(label) for label in labels]))
-    names = np.asarray(screen.cells, dtype=object)
+    names = np.array(screen.names_of(controls), dtype=object)
     kinds = [label for label, rows in zip(labels, used, strict=True) for _ in rows]
-    kinds += [context[row] for row in controls.tolist()]
+    context = np.empty(len(controls), dtype=object)
+    for label in screen.controls:
+        context[np.isin(controls, screen.rows[label])] = label
+    kinds += context.tolist()
     origin = np.concatenate([*used, controls])
     num_predicted = len(origin) - len(controls)
     obs = described(kinds, screen.covariates, dosed=screen.dose_unit is not None)
-    obs.index = pd.Index([*(f"predicted_{i}" for i in range(num_predicted)), *names[controls]])
+    obs.index = pd.Index([*(f"predicted_{i}" for i in range(num_predicted)), *names])
     obs.insert(1, "control", np.array([label.is_control for label in kinds]))
-    obs["control_cell"] = names[origin]
+    obs["control_cell"] = names[np.searchsorted(controls, origin)]
     matrix = sp.vstack([*blocks, screen.matrix[controls]], format="csr", dtype=np.float32)
     return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=pd.Index(screen.genes)))

@@ -17,6 +17,7 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from knockon import models, transfer, validate
 from knockon.checkpoint import CHECKPOINT, Journal, State
 from knockon.data import prepare, splits
+from knockon.data.memory import settle
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
@@ -49,6 +50,9 @@ class Options:
     """Table (.csv) with a fixed vector for each perturbation; further names in it can be predicted unseen."""
     device: str = "auto"
     """``cpu``, ``cuda`` or ``auto``."""
+    memory: str | None = None
+    """Room for the values of a store, such as 4GB; a larger one is read from disk while the model works. A
+    quarter of what is free, without it."""
     tensorboard: bool = False
     """Log to ``tensorboard/`` in the run folder as well."""
     quiet: bool = True
@@ -104,6 +108,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
     if isinstance(stage, Path):
         found, first = stored(stage)
         recipe = dataclasses.replace(recipe, model=recipe.model.after(found.config))
+    screen = settle(screen, options.memory, device=resolve_device(options.device))
     network, prepared, record = _set_up(recipe, screen, split, options, first)
     if start is not None:
         for note in transfer.adopt(network, Path(start), record, split):

@@ -18,10 +18,12 @@ from knockon.data.recognize import (
     read_doses,
     recognize,
 )
-from knockon.data.screen import refuse_duplicates
+from knockon.data.manifest import Manifest, is_store
+from knockon.data.screen import refuse_duplicates, refuse_other_columns
 from knockon.data.splits import singles
 from knockon.data.store import Stored, load
 from knockon.data.values import Scale, Survey, scale, survey
+from knockon.progress import bar
 from knockon.types import Label, UserError
 
 T = TypeVar("T")
@@ -86,11 +88,13 @@ def inspect(path: str | Path, columns: Columns = Columns()) -> Report:
     Parameters
     ----------
     path
-        An ``.h5ad`` or ``.zarr``, in whatever state.
+        An ``.h5ad``, a ``.zarr`` or a store, in whatever state.
     columns
         As they would be given to ``Screen.read``.
     """
     faults: list[str] = []
+    if is_store(Path(path)):
+        return _store(Path(path), columns, faults)
     stored = _attempt(faults, partial(load, Path(path), layer=columns.layer))
     if stored is None and columns.layer is not None:
         stored = _attempt([], load, Path(path))  # what else is wrong can be said without the layer
@@ -100,9 +104,62 @@ def inspect(path: str | Path, columns: Columns = Columns()) -> Report:
     design = _design(stored, columns, faults)
     looks = survey(stored.values)
     judged = _values(looks, columns, faults)
-    facts = [*_size(stored, looks, judged), *(_conditions(design) if design else [])]
+    facts = [
+        *_size(len(stored.obs), len(stored.genes), looks.stored),
+        *(_scale(judged, looks.largest) if judged else []),
+        *(_conditions(design) if design else []),
+    ]
     remarks = [*_names(stored), *(_weak(design, stored.genes) if design else [])]
     return _report(path, faults, facts, remarks)
+
+
+def _store(folder: Path, columns: Columns, faults: list[str]) -> Report:
+    """Say what the manifest of a store says; nothing else of it is read."""
+    known = _attempt(faults, Manifest.read, folder)
+    if known is None:
+        return _report(folder, faults, [], [])
+    _attempt(faults, refuse_other_columns, known, columns)
+    design = Design(
+        labels=tuple(stretch.label for stretch in known.stretches),
+        codes=np.repeat(np.arange(len(known.stretches)), [x.stop - x.start for x in known.stretches]),
+        covariates=known.covariates,
+        spellings={},
+        dose_unit=known.dose_unit,
+        notes=known.notes,
+    )
+    made = ", ".join(file.name for file in known.plan.inputs)
+    facts = [
+        ("store of", made),
+        *_size(known.cells, len(known.genes), known.values),
+        *_scale(Scale(units=known.units, total=known.total), known.largest),
+        *_conditions(design),
+    ]
+    return _report(folder, faults, facts, [*_weak(design, known.genes)])
+
+
+def verify(path: str | Path, *, quiet: bool = True) -> Report:
+    """Read every file of a store, and name those that are not as they were written.
+
+    Raises
+    ------
+    UserError
+        If the path is no store.
+    """
+    folder, faults = Path(path), list[str]()
+    if not is_store(folder):
+        raise UserError(
+            f"{path} has no checksums",
+            expected="a folder that knockon prepare wrote",
+            mend="leave out --verify",
+        )
+    known = _attempt(faults, Manifest.read, folder)
+    if known is not None:
+        with bar("verifying", total=len(known.files), quiet=quiet) as advance:
+            for fault in known.verify(folder):
+                faults += [fault] if fault else []
+                advance()
+    facts = [("files", f"{len(known.files):,}, {len(faults):,} of them damaged")] if known else []
+    return _report(folder, faults, facts, [])
 
 
 def _report(
@@ -142,14 +199,15 @@ def _values(looks: Survey, columns: Columns, faults: list[str]) -> Scale | None:
     return _attempt(faults, scale, clean, columns.units)
 
 
-def _size(stored: Stored, looks: Survey, judged: Scale | None) -> Iterator[tuple[str, str]]:
-    cells, genes = len(stored.obs), len(stored.genes)
+def _size(cells: int, genes: int, values: int) -> Iterator[tuple[str, str]]:
     yield "cells", f"{cells:,}"
     yield "genes", f"{genes:,}"
-    yield "zeros", f"{1 - looks.stored / max(1, cells * genes):.1%}"
-    if judged is not None:
-        total = f", {judged.total:g} per cell" if judged.total else ""
-        yield "values", f"{judged.units}{total}, largest {looks.largest:g}"
+    yield "zeros", f"{1 - values / max(1, cells * genes):.1%}"
+
+
+def _scale(judged: Scale, largest: float) -> Iterator[tuple[str, str]]:
+    total = f", {judged.total:g} per cell" if judged.total else ""
+    yield "values", f"{judged.units}{total}, largest {largest:g}"
 
 
 def _conditions(design: Design) -> Iterator[tuple[str, str]]:

@@ -8,18 +8,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from knockon.data.ahead import Ahead
 from knockon.data.screen import Screen
+from knockon.data.values import OnDisk
 from knockon.types import CellSets, Label, Spec, UserError
 
 Gather = Callable[[Int[np.ndarray, "rows"]], Float[Tensor, "rows genes"]]
 """Gives the dense values of some rows, on the device."""
+WINDOW = 8
+"""Cells that are read together from a store, where they lie in random order."""
 
 
 class Sampler:
     """Draws sets of perturbed cells, each with control cells of its own context.
 
     A batch costs as much as its own cells, however many the screen has. There is no state: whoever
-    resumes at a step gets the batch that the step would have had.
+    resumes at a step gets the batch that the step would have had. From a disk, the next batches are read
+    while the model works.
+
+    A shuffled screen gives windows of cells that lie together. Their order is random, so that each set is
+    a simple random sample of its condition as it would be cell by cell; and windows begin anywhere, so that
+    each cell is drawn equally often. Over the steps, though, neighbors come together more often than others.
 
     Parameters
     ----------
@@ -73,10 +82,15 @@ class Sampler:
         self._embedded = embedded
         self._gather = resident(screen, device) if embedded is None else _nothing(screen, device)
         self._device = torch.device(device)
+        self._window = min(WINDOW, cells) if screen.shuffled else 1
+        self._ahead = Ahead(self._make) if isinstance(screen.matrix, OnDisk) else None
         self.notes = _notes(screen, conditions)
 
     def batch(self, step: int) -> CellSets:
         """Draw the batch of a step, counted from 0."""
+        return self._make(step) if self._ahead is None else self._ahead(step)
+
+    def _make(self, step: int) -> CellSets:
         rng = np.random.default_rng((self.seed, step))
         if self._shares is None:
             chosen = rng.integers(len(self._targets), size=self.sets)
@@ -102,6 +116,8 @@ class Sampler:
         )
 
     def _draw(self, rows: Int[np.ndarray, "pool"], rng: np.random.Generator) -> Int[np.ndarray, "cells"]:
+        if self._window > 1 and len(rows) >= self.cells + self._window:
+            return rows[_windows(len(rows), self.cells, self._window, rng, replace=self.replace)]
         if self.replace:
             return rows[rng.integers(len(rows), size=self.cells)]
         if len(rows) < self.cells:
@@ -120,6 +136,16 @@ def _distinct(pool: int, count: int, rng: np.random.Generator) -> Int[np.ndarray
     return np.fromiter(drawn, dtype=np.int64, count=count)
 
 
+def _windows(
+    pool: int, count: int, window: int, rng: np.random.Generator, *, replace: bool
+) -> Int[np.ndarray, "count"]:
+    """Draw windows of numbers that follow each other in a ring of ``pool`` numbers, which begins anywhere."""
+    number, places = -(-count // window), pool // window
+    drawn = rng.integers(places, size=number) if replace else _distinct(places, number, rng)
+    within = rng.integers(pool) + drawn[:, None] * window + np.arange(window)
+    return within.ravel()[:count] % pool
+
+
 def resident(screen: Screen, device: torch.device | str) -> Gather:
     """Make a function that gathers rows of a screen on a device.
 
@@ -127,7 +153,7 @@ def resident(screen: Screen, device: torch.device | str) -> Gather:
     values on disk are read when they are asked for.
     """
     if not isinstance(screen.matrix, sp.csr_matrix):
-        return lambda rows: torch.from_numpy(screen.gather(rows)).to(device)
+        return lambda rows: _to_device(screen.gather(rows), torch.device(device))
     width = len(screen.genes)
     ends = screen.matrix.indptr.astype(np.int64)
     indices = torch.from_numpy(screen.matrix.indices).to(device)

@@ -1,9 +1,9 @@
-"""A screen: cells, genes, and which cells were treated how. The only reader of ``.h5ad`` and ``.zarr``."""
+"""A screen: cells, genes, and which cells were treated how. The only reader of files."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +12,9 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float, Int
 
+from knockon.data.chunks import Names, Sheet
 from knockon.data.conventions import Columns
+from knockon.data.manifest import Manifest, is_store
 from knockon.data.recognize import Design, recognize
 from knockon.data.store import Stored, choose_layer, load
 from knockon.data.values import Matrix, OnDisk, Scale, blocks, compressed, scale, survey
@@ -52,6 +54,9 @@ class Screen:
         All conditions of the file, whatever is selected: what a ``Spec`` may name.
     spellings
         How the file writes each combination, by which the published additive split is ordered.
+    shuffled
+        Whether the rows of each condition follow each other in random order, as in a store, so that a few
+        cells that lie together are a random sample of it.
     """
 
     matrix: Matrix
@@ -68,6 +73,7 @@ class Screen:
     notes: tuple[str, ...] = ()
     vocabulary: tuple[Label, ...] = ()
     spellings: Mapping[Label, str] = field(default_factory=dict)
+    shuffled: bool = False
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -101,6 +107,12 @@ class Screen:
     def cells_of(self, label: Label) -> Float[np.ndarray, "cells genes"]:
         """Dense float32 values of all cells of a condition."""
         return self.gather(self.rows[label])
+
+    def names_of(self, rows: Int[np.ndarray, "cells"]) -> list[str]:
+        """Names of the cells in some rows of ``matrix``."""
+        if isinstance(self.cells, Names):
+            return self.cells.take(rows)
+        return [str(self.cells[row]) for row in rows.tolist()]
 
     def control_rows(self, label: Label) -> Int[np.ndarray, "cells"]:
         """Rows of the control cells that match a condition's covariates.
@@ -221,7 +233,9 @@ class Screen:
 
 
 def read(path: str | Path, columns: Columns = Columns(), *, backed: bool = False) -> Screen:
-    """Read ``.h5ad`` or ``.zarr``; like ``Screen.read``, with all columns in one piece."""
+    """Read ``.h5ad``, ``.zarr`` or a store; like ``Screen.read``, with all columns in one piece."""
+    if is_store(Path(path)):
+        return _open(Path(path), columns)
     return _assemble(load(Path(path), layer=columns.layer, backed=backed), columns, str(path))
 
 
@@ -242,13 +256,55 @@ def _assemble(stored: Stored, columns: Columns, source: str) -> Screen:
         units=judged.units,
         total=judged.total,
         dose_unit=design.dose_unit,
-        digest=_digest(stored.genes, cells, design),
+        digest=digest_of(stored.genes, cells, design),
         source=source,
         columns=columns,
-        notes=(*design.notes, *_notes(rows, judged, columns)),
+        notes=(*design.notes, *notes_of(rows, judged, columns)),
         vocabulary=design.labels,
         spellings=design.spellings,
     )
+
+
+def _open(folder: Path, columns: Columns) -> Screen:
+    """Open a prepared screen; of its cells nothing is read but where the values of each begin."""
+    known = Manifest.read(folder)
+    refuse_other_columns(known, columns)
+    sheet = Sheet(folder / "X", shape=(known.cells, len(known.genes)), values=known.values, sizes=known.sizes)
+    numbers = np.arange(known.cells, dtype=np.int32 if known.cells < 2**31 else np.int64)
+    return Screen(
+        matrix=OnDisk(data=sheet),
+        genes=known.genes,
+        cells=Names(folder / "obs" / "_index", known.cells),
+        rows={stretch.label: numbers[stretch.start : stretch.stop] for stretch in known.stretches},
+        covariates=known.covariates,
+        units=known.units,
+        total=known.total,
+        dose_unit=known.dose_unit,
+        digest=known.digest,
+        source=str(folder),
+        columns=known.plan.columns,
+        notes=known.notes,
+        vocabulary=tuple(stretch.label for stretch in known.stretches),
+        spellings={spelling.label: spelling.text for spelling in known.spellings},
+        shuffled=True,
+    )
+
+
+def refuse_other_columns(known: Manifest, columns: Columns) -> None:
+    """Refuse to read a prepared screen in another way than the files were read that it was made of."""
+    before = {**asdict(known.plan.columns), "units": known.units}
+    other = [
+        f"--{name.replace('_', '-')}"
+        for name, told in asdict(columns).items()
+        if told and told != before[name]
+    ]
+    if other:
+        raise UserError(
+            "The store was prepared with other options",
+            offenders=other,
+            expected="the options that it was prepared with, or none",
+            mend="leave them out, or prepare another store with them",
+        )
 
 
 def refuse_duplicates(genes: Sequence[str]) -> None:
@@ -263,7 +319,7 @@ def refuse_duplicates(genes: Sequence[str]) -> None:
         )
 
 
-def _digest(genes: Sequence[str], cells: Sequence[str], design: Design) -> str:
+def digest_of(genes: Sequence[str], cells: Sequence[str], design: Design) -> str:
     """Hash names and design, not values: a layer of the same cells is the same screen."""
     marks = hashlib.sha256()
     for texts in (genes, cells, [str(label) for label in design.labels]):
@@ -273,7 +329,8 @@ def _digest(genes: Sequence[str], cells: Sequence[str], design: Design) -> str:
     return marks.hexdigest()
 
 
-def _notes(rows: Mapping[Label, np.ndarray], judged: Scale, columns: Columns) -> list[str]:
+def notes_of(rows: Mapping[Label, np.ndarray], judged: Scale, columns: Columns) -> list[str]:
+    """Say what the values are, and which conditions have too few cells."""
     where = f"layer {columns.layer!r}" if columns.layer else "X"
     total = f" of {judged.total:g} per cell" if judged.total else ""
     notes = [] if columns.units else [f"{where} holds {judged.units}{total}"]

@@ -96,11 +96,14 @@ class Prediction:
 
         None where the file does not tell, or names cells that the screen has not, or has twice.
         """
-        names = pd.Index([str(name) for name in screen.cells])
-        if self.control_cells is None or not names.is_unique:
+        if self.control_cells is None:
             return None
-        rows = names.get_indexer(pd.Index(self.control_cells))
-        return None if (rows < 0).any() else rows
+        wanted = set(self.control_cells)
+        found = [(str(name), row) for row, name in enumerate(screen.cells) if name in wanted]
+        rows = dict(found)
+        if len(rows) < max(len(wanted), len(found)):
+            return None
+        return np.array([rows[name] for name in self.control_cells], dtype=np.int64)
 
     def prepare(self, screen: Screen) -> Screen:
         """Prepare a screen as the run that made the cells did, where that run had chosen genes."""

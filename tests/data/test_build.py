@@ -123,7 +123,7 @@ def test_files_that_differ_are_refused(tmp_path):
     logs.write_h5ad(tmp_path / "logs.h5ad")
     with pytest.raises(UserError, match=r"units: one.h5ad \(counts\), logs.h5ad \(log1p\)"):
         ko.prepare([one, tmp_path / "logs.h5ad"], tmp_path / "other")
-    with pytest.raises(UserError, match="already: one.h5ad"):
+    with pytest.raises(UserError, match=r"already: one\.h5ad"):
         ko.prepare([one], tmp_path / "third", plate_key="cell_type")
     assert Screen.read(tmp_path / "shared").genes == GENES[10:]
 

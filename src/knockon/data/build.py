@@ -283,9 +283,9 @@ class _Builder:
         shape = [len(ends) - 1, len(self.joined.genes)]
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})
         total, size = int(ends[-1]), SIZES.shard
-        arrays = {
-            name: _array(group, name, total, kind) for name, kind in (("data", "<f4"), ("indices", "<i4"))
-        }
+        number = number_kind(total)
+        kinds = {"data": "<f4", "indices": number}
+        arrays = {name: _array(group, name, total, kind) for name, kind in kinds.items()}
         together = max(1, self.most // (BYTES * size)) * size
         with bar("writing", total=-(-total // together), quiet=self.quiet) as advance:
             for start in range(0, total, together):

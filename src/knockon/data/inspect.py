@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from knockon.data.conventions import Columns
+from knockon.data.manifest import Manifest, is_store
 from knockon.data.recognize import (
     PERTURBATION_COLUMNS,
     Design,
@@ -18,7 +19,6 @@ from knockon.data.recognize import (
     read_doses,
     recognize,
 )
-from knockon.data.manifest import Manifest, is_store
 from knockon.data.screen import refuse_duplicates, refuse_other_columns
 from knockon.data.splits import singles
 from knockon.data.store import Stored, load

@@ -56,10 +56,9 @@ class MeanModel(Model, ABC):
         if not controls:
             raise UserError("The training part has no control cells", mend="name them with --control")
         self.contexts = self.spec.encode(controls).covariates.to(self.contexts.device)
-        everything = np.concatenate(list(train.rows.values()))
         self.dispersion.fit(
             (_blocks(train, train.rows[control]) for control in controls),
-            _blocks(train, everything),
+            _blocks(train, train.every),
         )
 
     @final

@@ -1,12 +1,14 @@
 """What cells say of genes: moments, correlations, and the graph of the strongest of them."""
 
-from collections.abc import Iterator
+import functools
+import operator
 
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 
-from knockon.data.values import Matrix, blocks
+from knockon.data import arrays
+from knockon.data.values import Matrix
 
 GENE_BLOCK = 1024
 
@@ -21,14 +23,8 @@ def moments(
     second_log
         Take ``log1p`` of the values first, whatever they are.
     """
-    cells = len(rows)
-    mean = squares = np.zeros(1)
-    for block in _dense(matrix, rows, second_log=second_log):
-        mean = mean + block.sum(axis=0) / cells
-    for block in _dense(matrix, rows, second_log=second_log):
-        squares = squares + np.square(block - mean).sum(axis=0)
-    std = np.sqrt(squares / max(1, cells - 1))
-    return mean, np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, 0.0)
+    found = arrays.moments(matrix, {"all": rows}, second_log=second_log)["all"]
+    return found.mean, found.std
 
 
 def correlation(
@@ -40,10 +36,8 @@ def correlation(
     """
     mean, std = moments(matrix, rows, second_log=second_log)
     inverse = np.divide(1.0, std, out=np.zeros_like(std), where=std > 0)
-    total = np.zeros((len(mean), len(mean)))
-    for block in _dense(matrix, rows, second_log=second_log):
-        scores = (block - mean) * inverse
-        total += scores.T @ scores
+    function = functools.partial(_products, mean=mean, inverse=inverse, second_log=second_log)
+    total = arrays.fold(function, operator.iadd, matrix, np.sort(rows))
     total /= max(1, len(rows) - 1)
     np.fill_diagonal(total, 1.0)
     return np.clip(total, -1.0, 1.0, out=total)
@@ -89,16 +83,28 @@ def neighbors(
 
 def one_count(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> float:
     """Value of a single count in a typical cell: the median over cells of their smallest value above 0."""
-    found = []
-    for block in blocks(matrix, rows):
-        ends = block.indptr[1:][np.diff(block.indptr) > 0]
-        found.extend(part.min() for part in np.split(block.data, ends[:-1]) if part.size and part.min() > 0)
-    return float(np.median(found)) if found else 0.0
+    found = np.concatenate(arrays.fold(_smallest, operator.iadd, matrix, np.sort(rows)))
+    return float(np.median(found)) if len(found) else 0.0
 
 
-def _dense(
-    matrix: Matrix, rows: Int[np.ndarray, "cells"], *, second_log: bool
-) -> Iterator[Float[np.ndarray, "cells genes"]]:
-    for block in blocks(matrix, rows):
-        dense = block.toarray().astype(np.float64, copy=False)
-        yield np.log1p(np.maximum(dense, 0.0)) if second_log else dense
+def _smallest(block: sp.csr_matrix) -> list[np.ndarray]:
+    """Smallest stored value of each cell of which it is above 0."""
+    starts = block.indptr[:-1][np.diff(block.indptr) > 0]
+    least = np.minimum.reduceat(block.data, starts) if len(starts) else block.data
+    return [least[least > 0]]
+
+
+def _products(
+    block: sp.csr_matrix,
+    *,
+    mean: Float[np.ndarray, "genes"],
+    inverse: Float[np.ndarray, "genes"],
+    second_log: bool,
+) -> Float[np.ndarray, "genes genes"]:
+    """Sum over cells of the products of standard scores of all pairs of genes."""
+    scores = block.toarray().astype(np.float64, copy=False)
+    if second_log:
+        scores = np.log1p(np.maximum(scores, 0.0))
+    scores -= mean
+    scores *= inverse
+    return scores.T @ scores

@@ -1,17 +1,17 @@
 """Preparation of a screen for a model: units and genes, fitted on training cells only."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
 from jaxtyping import Int
 
+from knockon.data import arrays
 from knockon.data.screen import Screen
-from knockon.data.values import OnDisk, blocks, log1p
+from knockon.data.values import OnDisk, log1p
 from knockon.types import Units, UserError
 
 
@@ -129,32 +129,26 @@ def _total(train: Screen, asked: float | Literal["median"] | None) -> float:
 
 def _median(train: Screen) -> float:
     """Median total of training cells that have counts."""
-    sums = np.concatenate([np.asarray(block.sum(axis=1)).ravel() for block in _cells(train)])
+    sums = arrays.totals(train.matrix, train.every)
     return float(np.median(sums[sums > 0]))
 
 
 def _share(train: Screen, genes: Sequence[str]) -> float:
     """Share of the counts of training cells that some genes have."""
-    sums = sum(np.asarray(block.sum(axis=0)).ravel() for block in _cells(train))
+    sums = arrays.sums(train.matrix, train.every)
     return float(np.take(sums, _places(train, genes)).sum() / max(1.0, float(np.sum(sums))))
 
 
-def _cells(train: Screen) -> Iterator[sp.csr_matrix]:
-    return blocks(train.matrix, np.sort(np.concatenate(list(train.rows.values()))))
-
-
 def _variable(train: Screen, total: float | None, count: int) -> set[str]:
-    """Find the most variable genes of training cells, by scanpy's ``seurat`` flavor [satija2015].
-
-    The training cells are in memory for it, as they are stored.
-    """
+    """Find the most variable genes of training cells, by scanpy's ``seurat`` flavor [satija2015]."""
     from scanpy.preprocessing import highly_variable_genes  # noqa: PLC0415 (some seconds, not always needed)
 
-    cells = sp.vstack(
-        [block if total is None else log1p(block, total) for block in _cells(train)], format="csr"
-    )
+    cells = arrays.cells(train.matrix, train.every)
+    if total is not None:
+        cells = cells.map_blocks(log1p, total, dtype=np.float32, meta=cells._meta)
     chosen = AnnData(cells, var=pd.DataFrame(index=pd.Index(train.genes)))
-    highly_variable_genes(chosen, n_top_genes=count, flavor="seurat")
+    with arrays.engine(train.matrix):
+        highly_variable_genes(chosen, n_top_genes=count, flavor="seurat")
     return set(chosen.var_names[chosen.var["highly_variable"]])
 
 

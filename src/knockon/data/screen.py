@@ -4,6 +4,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, reduce
+from operator import add
 from pathlib import Path
 from typing import cast
 
@@ -12,12 +14,13 @@ import pandas as pd
 from anndata import AnnData
 from jaxtyping import Float, Int
 
+from knockon.data.arrays import Moments, moments
 from knockon.data.chunks import Names, Sheet
 from knockon.data.conventions import Columns
 from knockon.data.manifest import Manifest, is_store
 from knockon.data.recognize import Design, recognize
 from knockon.data.store import Stored, choose_layer, load
-from knockon.data.values import Matrix, OnDisk, Scale, blocks, compressed, scale, survey
+from knockon.data.values import Matrix, OnDisk, Scale, compressed, scale, survey
 from knockon.types import Covariate, Label, Spec, Units, UserError
 
 
@@ -127,15 +130,23 @@ class Screen:
             raise UserError("The screen has no control cells", mend="name them with --control")
         return np.concatenate(controls)
 
+    @property
+    def every(self) -> Int[np.ndarray, "cells"]:
+        """Rows of all selected conditions, in the order of the file."""
+        return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *self.rows.values()]))
+
+    @cached_property
+    def moments(self) -> Mapping[Label, Moments]:
+        """Of the cells of each condition, in the screen's units, as float64; all are found together."""
+        return moments(self.matrix, self.rows)
+
+    def pooled(self, labels: Iterable[Label]) -> Moments:
+        """Moments of the cells of several conditions together."""
+        return reduce(add, (self.moments[label] for label in labels))
+
     def means(self) -> dict[Label, Float[np.ndarray, "genes"]]:
         """Mean over the cells of each condition, in the screen's units, as float64."""
-        return {label: self._mean(rows) for label, rows in self.rows.items()}
-
-    def _mean(self, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "genes"]:
-        total = np.zeros(len(self.genes))
-        for block in blocks(self.matrix, rows):
-            total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
-        return total / len(rows)
+        return {label: found.mean for label, found in self.moments.items()}
 
     def spec(self, vectors: Mapping[str, Float[np.ndarray, "width"]] | None = None) -> Spec:
         """Tell a model what it may know of this screen: names and units of the whole file, no values.

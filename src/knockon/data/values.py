@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
+import h5py
 import numpy as np
 import scipy.sparse as sp
+import zarr
+from anndata.io import sparse_dataset
 from jaxtyping import Bool, Float, Int
 
 from knockon.types import Units, UserError
@@ -16,6 +21,8 @@ EXPRESSED = 10
 """Genes that a cell must express before the look of its values says something."""
 BLOCK = 4096
 """Cells that are looked at together, so that no second copy of the values is ever in memory."""
+CLOSE = 4
+"""Rows that are read for one that is wanted at most: a long read costs less than many short ones."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +54,22 @@ class OnDisk:
         if isinstance(rows, slice):
             return self._prepared(compressed(self.data[rows]))
         needed, places = np.unique(rows, return_inverse=True)
-        return self._prepared(compressed(self.data[needed]))[places]
+        return self._prepared(self._stored(needed))[places]
+
+    def _stored(self, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
+        """Rows in their order; where they lie close together, what is between them is read, too."""
+        if not len(rows) or rows[-1] - rows[0] >= CLOSE * len(rows):
+            return compressed(self.data[rows])
+        parts = []
+        for start in range(int(rows[0]), int(rows[-1]) + 1, BLOCK):
+            some = rows[slice(*np.searchsorted(rows, [start, start + BLOCK]))] - start
+            if len(some):
+                parts.append(compressed(self.data[start : start + int(some[-1]) + 1])[some])
+        return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as the place of the values, where they are opened again."""
+        return _opened, (*_place(self.data), self.total, self.genes)
 
     def _prepared(self, block: sp.csr_matrix) -> sp.csr_matrix:
         if self.total is not None:
@@ -61,6 +83,26 @@ class OnDisk:
     def panel(self, places: Int[np.ndarray, "genes"]) -> "OnDisk":
         """Only some columns."""
         return replace(self, genes=places if self.genes is None else self.genes[places])
+
+
+def _place(data: Any) -> tuple[str, str]:
+    """File of values on disk, and where in it they are."""
+    element = getattr(data, "group", data)
+    if isinstance(element, h5py.Group | h5py.Dataset):
+        return str(element.file.filename), str(element.name)
+    return str(element.store.root), element.path
+
+
+def _opened(file: str, name: str, total: float | None, genes: np.ndarray | None) -> OnDisk:
+    return OnDisk(data=_element(str(Path(file).resolve()), name), total=total, genes=genes)
+
+
+@lru_cache(maxsize=4)
+def _element(file: str, name: str) -> Any:
+    """Open values once in a process, since every block of them travels there alone."""
+    store = zarr.open_group(file, mode="r") if Path(file).is_dir() else h5py.File(file, "r")
+    element: Any = store[name]
+    return element if isinstance(element, h5py.Dataset | zarr.Array) else sparse_dataset(element)
 
 
 Matrix = sp.csr_matrix | OnDisk
@@ -88,11 +130,6 @@ def blocks(matrix: Matrix, rows: Int[np.ndarray, "cells"] | None = None) -> Iter
     for start in range(0, count if rows is None else len(rows), BLOCK):
         stop = start + BLOCK
         yield matrix[start:stop] if rows is None else matrix[rows[start:stop]]
-
-
-def totals(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> Float[np.ndarray, "cells"]:
-    """Sum of each of some rows."""
-    return np.concatenate([np.asarray(block.sum(axis=1)).ravel() for block in blocks(matrix, rows)])
 
 
 def log1p(counts: sp.csr_matrix, total: float) -> sp.csr_matrix:

@@ -19,8 +19,8 @@ import pandas as pd
 import scipy.sparse as sp
 from jaxtyping import Int
 
+from knockon.data.arrays import totals
 from knockon.data.screen import Screen
-from knockon.data.values import totals
 from knockon.evaluate.counting import drawn
 from knockon.evaluate.populations import num_cells
 from knockon.evaluate.prediction import Prediction

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
+from knockon.data.arrays import moments
 from knockon.data.screen import Screen
 from knockon.dynamics.shrinkage import denoise
 
@@ -26,15 +27,14 @@ def share_by_halves(train: Screen, genes: Float[np.ndarray, "genes"]) -> float:
         return 1.0
     errors = np.zeros(len(SHARES))
     for _ in range(HALVINGS):
-        first, second, rows = [], [], []
+        groups = {}
         for label in labels:
-            control = means.get(label.control(), 0.0)
-            cells = draw.permutation(train.cells_of(label))
-            middle = len(cells) // 2
-            first.append(cells[:middle].mean(axis=0, dtype=np.float64) - control)
-            second.append(cells[middle:].mean(axis=0, dtype=np.float64) - control)
-            rows.append(1 / middle)
-        known, wanted = np.array(first), np.array(second)
+            order = draw.permutation(train.rows[label])
+            groups[label, 0], groups[label, 1] = np.split(order, [len(order) // 2])
+        found = moments(train.matrix, groups)
+        sides = [[found[x, i].mean - means.get(x.control(), 0) for x in labels] for i in (0, 1)]
+        known, wanted = map(np.array, sides)
+        rows = np.array([1 / found[label, 0].cells for label in labels])
         for i, share in enumerate(SHARES):
-            errors[i] += np.square(denoise(known, share * np.array(rows), genes) - wanted).sum()
+            errors[i] += np.square(denoise(known, share * rows, genes) - wanted).sum()
     return SHARES[int(errors.argmin())]

@@ -220,7 +220,7 @@ class PerturbDiff(PulledModel):
             self.ripple.fit_statistics(train)
             if self.config.anchored:
                 self.ripple.prepare()
-        self.one_count.fill_(one_count(train.matrix, np.concatenate(list(train.rows.values()))))
+        self.one_count.fill_(one_count(train.matrix, train.every))
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations that were trained, and those with a vector."""

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knockon.baseline import MeanModel, MeasuredEffects, first_found
-from knockon.data.graph import moments
 from knockon.data.screen import Screen
 from knockon.dynamics.shrinkage import denoise
 from knockon.model import ModelConfig, Recipe
@@ -136,9 +135,8 @@ class ResponseSurface(MeanModel):
         self.treatment = treatments.unique(return_inverse=True)[1]
         # the noise of control cells, which all effects share, cancels in the mean of a single
         rows = 1 / np.array([len(train.rows[label]) for label in train.conditions])
-        variances = [np.square(moments(train.matrix, train.rows[label])[1]) for label in train.rows]
-        weights = np.array([len(train.rows[label]) for label in train.rows])
-        genes = np.average(variances, axis=0, weights=weights)
+        found = train.moments.values()
+        genes = np.average([np.square(x.std) for x in found], axis=0, weights=[x.cells for x in found])
         noise = share_by_halves(train, genes) if self.config.noise is None else self.config.noise
         if noise:
             clean = denoise(raw.double().numpy(), noise * rows, genes)

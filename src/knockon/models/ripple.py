@@ -113,7 +113,7 @@ class Ripple(Model):
         most = self.config.kept
         some = [np.sort(draw.choice(r, most, replace=False)) if len(r) > most else r for r in rows]
         self.donors.fit(train.gather(chosen) for chosen in some)
-        self.one_count.fill_(one_count(train.matrix, np.concatenate(rows)))
+        self.one_count.fill_(one_count(train.matrix, train.every))
         self.dispersion = self._disperse()
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:

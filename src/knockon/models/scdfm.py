@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from knockon.data import graph
-from knockon.data.values import Matrix
+from knockon.data.arrays import Moments
 from knockon.dynamics import discrepancy, flow, solve
 from knockon.model import Losses, ModelConfig, Recipe, Training
 from knockon.models._pulled import PulledModel
@@ -174,24 +174,22 @@ class SCDFM(PulledModel):
 
     def fit_statistics(self, train: "Screen") -> None:
         """Note the perturbations and the value of a count; fit moments and the graph of genes."""
-        config, matrix = self.config, train.matrix
+        config = self.config
         self.trained[self.spec.encode(train.conditions).perturbation.unique()] = True
-        controls = np.concatenate([train.rows[label] for label in train.controls])
-        treated = np.concatenate([train.rows[label] for label in train.conditions])
-        every = np.concatenate([controls, treated])
-        self.one_count.fill_(graph.one_count(matrix, every))
-        self.data_moments.copy_(_moments(matrix, treated))
+        self.one_count.fill_(graph.one_count(train.matrix, train.every))
+        self.data_moments.copy_(_stacked(train.pooled(train.conditions)))
         if config.source == "poisson":
-            self.source_moments.copy_(_moments(matrix, controls))
+            self.source_moments.copy_(_stacked(train.pooled(train.controls)))
         if self.ripple is not None:
             self.ripple.fit_statistics(train)
         if config.skip_constant:
-            self.generated = _moments(matrix, every)[1].nonzero().flatten().to(self.generated.device)
+            varying = _stacked(train.pooled(train.labels))[1].nonzero().flatten()
+            self.generated = varying.to(self.generated.device)
         if config.gene_graph:
-            if 0 < config.graph_cells < len(every):
-                draw = np.random.default_rng(0)
-                every = np.sort(draw.choice(every, config.graph_cells, replace=False))
-            correlations = graph.correlation(matrix, every, second_log=config.graph_second_log)
+            cells = np.concatenate([train.rows[label] for label in (*train.controls, *train.conditions)])
+            if 0 < config.graph_cells < len(cells):
+                cells = np.random.default_rng(0).choice(cells, config.graph_cells, replace=False)
+            correlations = graph.correlation(train.matrix, cells, second_log=config.graph_second_log)
             edges = graph.neighbors(correlations, config.graph_neighbors, negative=config.graph_negative)
             self.network.genes.connect(edges)
 
@@ -332,5 +330,5 @@ class Pairs(NamedTuple):
     t: Float[Tensor, "sets cells"]
 
 
-def _moments(matrix: Matrix, rows: Int[np.ndarray, "cells"]) -> Float[Tensor, "mean_and_std genes"]:
-    return torch.from_numpy(np.stack(graph.moments(matrix, rows)).astype(np.float32))
+def _stacked(found: Moments) -> Float[Tensor, "mean_and_std genes"]:
+    return torch.from_numpy(np.stack([found.mean, found.std]).astype(np.float32))

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from knockon.data.values import totals
+from knockon.data.arrays import totals
 from knockon.dynamics import flow, solve
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training, copy_named
 from knockon.models import scldm_vae
@@ -176,7 +177,9 @@ class LatentFlow(Model):
     def fit_statistics(self, train: "Screen") -> None:
         """Learn library sizes, and note which perturbations and contexts training will have seen."""
         self.conditions.fit(self.spec.encode(train.labels))
-        sizes = {label: totals(train.matrix, rows) for label, rows in train.rows.items()}
+        every = train.every
+        sums = totals(train.matrix, every)
+        sizes = {label: sums[np.searchsorted(every, rows)] for label, rows in train.rows.items()}
         self.sizes.fit(sizes, self.spec)
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:

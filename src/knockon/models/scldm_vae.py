@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from knockon.data.values import blocks, log1p
+from knockon.data.arrays import sums
 from knockon.dynamics.likelihood import gaussian_kl, negative_binomial_of_cells
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training
 from knockon.models._released_scldm import autoencoder_from_released as from_released
@@ -130,14 +130,12 @@ class SetAutoencoder(Model):
         """Let genes begin at their share of all counts, or at the mean of their log1p."""
         if self.rates is None:
             return
-        rows, sums = np.sort(np.concatenate(list(train.rows.values()))), np.zeros(len(self.spec.genes))
-        for block in blocks(train.matrix, rows):
-            values = log1p(block, CP10K) if self.config.likelihood == "gaussian" else block
-            sums += np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
-        if self.config.likelihood == "gaussian":
-            start = sums / len(rows)
+        gaussian = self.config.likelihood == "gaussian"
+        found = sums(train.matrix, train.every, CP10K if gaussian else None)
+        if gaussian:
+            start = found / train.num_cells
         else:
-            start = np.log((sums + 0.5) / (sums.sum() + 0.5 * len(sums)))
+            start = np.log((found + 0.5) / (found.sum() + 0.5 * len(found)))
         with torch.no_grad():
             self.rates.copy_(torch.from_numpy(start))
 

@@ -5,11 +5,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from knockon.baseline import MeanModel
-from knockon.data.graph import moments
+from knockon.data.arrays import Moments
 from knockon.data.screen import Screen
 from knockon.model import ModelConfig, Recipe
 from knockon.models import additive
@@ -73,15 +73,14 @@ class ShrunkenAdditive(MeanModel):
 
 def _noise(train: Screen, alone: Bool[Tensor, "rows"]) -> float:
     """Expect the squared length of the noise of measured effects, of all these conditions together."""
-    contexts = {label.control(): train.control_rows(label) for label in train.conditions}
-    shared = {control: _doubt(train, rows) for control, rows in contexts.items()}
+    found, pooled = train.moments, train.pooled(train.controls)
     some = [label for label, single in zip(train.conditions, alone.tolist(), strict=True) if single]
-    return sum(_doubt(train, train.rows[label]) + shared[label.control()] for label in some)
+    return sum(_doubt(found[label]) + _doubt(found.get(label.control(), pooled)) for label in some)
 
 
-def _doubt(train: Screen, rows: Int[np.ndarray, "cells"]) -> float:
+def _doubt(found: Moments) -> float:
     """Expect the squared length of the noise of a mean over cells; a single cell tells nothing of it."""
-    return float(np.square(moments(train.matrix, rows)[1]).sum() / len(rows))
+    return float(np.square(found.std).sum() / found.cells)
 
 
 def default() -> Recipe:

@@ -17,6 +17,8 @@ CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
 CELLS = 64
 """Cells of a condition that a choice looks at, at most."""
+MOST = 4096
+"""Real cells of a condition that generated ones are compared with, at most."""
 BATCHES = 8
 """Batches that a validation by the loss takes."""
 
@@ -55,12 +57,15 @@ def choose(model: Model, screen: Screen, labels: tuple[Label, ...], seed: int) -
 def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:
     """Mean energy distance between generated and real cells of validation conditions.
 
-    Counts are compared as log1p of counts per 10,000.
+    Counts are compared as log1p of counts per 10,000. Of large conditions a part is drawn, always the same.
     """
     distances = []
     for label in labels[:CONDITIONS]:
         ((drawn, _),) = draw(model, screen, [label], cells=training.validate_cells, seed=training.seed)
-        both = drawn, torch.from_numpy(screen.cells_of(label)).to(drawn.device)
+        rows = screen.rows[label]
+        if len(rows) > MOST:
+            rows = np.random.default_rng(training.seed).choice(rows, MOST, replace=False)
+        both = drawn, torch.from_numpy(screen.gather(rows)).to(drawn.device)
         if model.units == "counts":
             both = tuple(log1p_cp10k(x) for x in both)
         distances.append(float(energy_distance(both[0], both[1])))

@@ -152,12 +152,12 @@ def test_few_cells_are_drawn_one_by_one(store):
 
 def test_what_comes_next_is_made_ahead():
     made = []
-    ahead = Ahead(lambda step: (made.append(step), step**2)[1])
+    ahead = Ahead(lambda step, number: (made.append(step), step**2 + number)[1])
     assert [ahead(step) for step in (3, 4, 10)] == [9, 16, 100]
-    assert ahead(11) == 121
-    assert set(made) <= {3, 4, 5, 6, *range(10, 12 + DEPTH)}
+    assert (ahead(11), ahead(11, 1), ahead(12), ahead(12, 1)) == (121, 122, 144, 145)
+    assert set(made) <= {3, 4, 5, 6, *range(10, 13 + DEPTH)}
     with pytest.raises(ZeroDivisionError):
-        Ahead(lambda step: 1 // step)(0)
+        Ahead(lambda step, number: number // step)(0)
 
 
 def test_a_flipped_bit_is_never_read(copy):

@@ -10,24 +10,24 @@ DEPTH = 2
 
 
 class Ahead(Generic[T]):
-    """Calls a function of the step for the next steps too, in a thread of its own.
+    """Calls a function of the step, and of a number, for the next steps too, in a thread of its own.
 
     Parameters
     ----------
     make
-        Its value may depend on nothing but the step, so that it does not matter when it is called.
+        Its value may depend on nothing but these two, so that it does not matter when it is called.
     """
 
-    def __init__(self, make: Callable[[int], T]) -> None:
-        self._make, self._waiting = make, dict[int, Future[T]]()
+    def __init__(self, make: Callable[[int, int], T]) -> None:
+        self._make, self._waiting = make, dict[tuple[int, int], Future[T]]()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
-    def __call__(self, step: int) -> T:
+    def __call__(self, step: int, number: int = 0) -> T:
         """Give the value of a step, and begin with those that follow it."""
-        wanted = range(step, step + 1 + DEPTH)
-        for other in set(self._waiting) - set(wanted):
+        wanted = [(later, number) for later in range(step, step + 1 + DEPTH)]
+        for other in [key for key in self._waiting if key[1] == number and key not in wanted]:
             self._waiting.pop(other).cancel()
-        for number in wanted:
-            if number not in self._waiting:
-                self._waiting[number] = self._pool.submit(self._make, number)
-        return self._waiting.pop(step).result()
+        for key in wanted:
+            if key not in self._waiting:
+                self._waiting[key] = self._pool.submit(self._make, *key)
+        return self._waiting.pop(wanted[0]).result()

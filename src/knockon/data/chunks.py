@@ -195,6 +195,10 @@ class Sheet:
         if self.ends[0] != 0 or self.ends[-1] != values or (np.diff(self.ends) < 0).any():
             raise damaged(pointers.folder, "rows that do not follow each other")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel to another process as the place of the values."""
+        return _sheet, (self.folder.resolve(), self.shape, self._data.length, self._data.sizes)
+
     def __getitem__(self, rows: slice | Int[np.ndarray, "cells"]) -> sp.csr_matrix:
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(self.shape[0]))
@@ -215,6 +219,12 @@ class Sheet:
     def size(self) -> int:
         """Bytes that all values take in memory."""
         return (4 + self.ends.itemsize) * (self._data.length + len(self.ends))
+
+
+@lru_cache(maxsize=4)
+def _sheet(folder: Path, shape: tuple[int, int], values: int, sizes: Sizes) -> Sheet:
+    """Open values once in a process that they travel to."""
+    return Sheet(folder, shape=shape, values=values, sizes=sizes)
 
 
 class Names(Sequence[str]):

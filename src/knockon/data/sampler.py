@@ -88,9 +88,9 @@ class Sampler:
 
     def batch(self, step: int) -> CellSets:
         """Draw the batch of a step, counted from 0."""
-        return self._make(step) if self._ahead is None else self._ahead(step)
+        return (self._ahead or self._make)(step, 0)
 
-    def _make(self, step: int) -> CellSets:
+    def _make(self, step: int, _number: int) -> CellSets:
         rng = np.random.default_rng((self.seed, step))
         if self._shares is None:
             chosen = rng.integers(len(self._targets), size=self.sets)

@@ -7,7 +7,7 @@ import pytest
 
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
-from knockon.record import RECORD, SPEC, SPLIT, WEIGHTS, read_spec, write_spec
+from knockon.record import RECORD, SPEC, SPLIT, WEIGHTS, Record, read_spec, write_spec
 from knockon.run import Run
 from knockon.train import train
 from knockon.types import UserError
@@ -62,9 +62,24 @@ def test_an_edited_folder_is_refused_by_file(run: Run, name: str) -> None:
 )
 def test_an_edited_record_is_a_message(run: Run, change: dict, words: str) -> None:
     path = run.folder / RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checksum": None} | change))
     with pytest.raises(UserError, match=words):
         Run.load(run.folder)
+
+
+def test_no_flipped_bit_of_a_record_goes_unseen(run: Run) -> None:
+    path = run.folder / RECORD
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 1 + len(whole) // 150):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            Record.read(run.folder)
+        except UserError as error:
+            assert RECORD in str(error)  # noqa: PT017 (one that changes white space only is none)
+        else:
+            assert json.loads(flipped) == json.loads(whole)
 
 
 def test_another_screen_is_refused(run: Run, tmp_path: Path) -> None:

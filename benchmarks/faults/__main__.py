@@ -3,8 +3,8 @@
     python -m benchmarks.faults [--kills 100] [--only kills disk ...] [--write]
 
 Every command runs once undisturbed. Then it is killed (-9, the whole process group) at random moments until
-it has finished; or its disk is full, its memory is exhausted, a bit of its input is flipped. What it writes in
-the end must be what the undisturbed run wrote, or it must have ended with one message that names the file.
+it has finished; or its disk is full, its memory is exhausted, a bit of its input is flipped. What it writes
+in the end must be what the undisturbed run wrote, or it must have ended with one message that names the file.
 """
 
 import argparse

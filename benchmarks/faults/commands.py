@@ -57,8 +57,8 @@ COMMANDS = (
     Command("evaluate", "evaluate --pred {base}/pred.h5ad --real {base}/screen.h5ad --out {out}/scores"),
     Command(
         "compare",
-        "compare --data {base}/screen.h5ad --models latent_additive --steps 60 --cells 16 --device cpu --quiet "
-        "--out {out}/cmp",
+        "compare --data {base}/screen.h5ad --models latent_additive --steps 60 --cells 16 --device cpu "
+        "--quiet --out {out}/cmp",
         loose=(".html",),
     ),
     Command("report", "report {base}/scores --out {out}/report.html"),

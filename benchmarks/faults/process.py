@@ -1,4 +1,4 @@
-"""Commands of knockon in processes of their own, which start at once because everything is imported already."""
+"""Commands of knockon in processes of their own, which start at once: everything is imported already."""
 
 import os
 import resource

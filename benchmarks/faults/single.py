@@ -17,6 +17,8 @@ SHARES = (0.05, 0.4, 0.9)
 """Of the space that a command needs, what there is."""
 MEBIBYTES = (2, 20, 60, 120)
 """Address space beyond what the imports use."""
+PAGE = 4096
+"""Bytes that a file system in memory hands out at least."""
 OURS = "knockon: "
 """How a message begins."""
 
@@ -30,7 +32,7 @@ def disk(base: Path, work: Path, _: argparse.Namespace) -> str:
         size = sum(path.stat().st_size for path in visible(whole))
         told, left, broken, same = Counter[str](), 0, 0, 0
         for share in SHARES:
-            with _Disk(work / "disk", max(8192, int(share * size))) as small:
+            with _Disk(work / "disk", int(share * size)) as small:
                 ended = run(command.at(base, small.folder), work / "log", small.limit)
                 told[_verdict(ended, str(small.folder))] += 1
                 left += len(leftovers(small.folder))
@@ -131,7 +133,7 @@ def other(base: Path, work: Path, _: argparse.Namespace) -> str:
     for number in (signal.SIGTERM, signal.SIGINT):
         out = _fresh(work / "out")
         child = Child.start(train.at(base, out), work / "log")
-        while not (out / "run" / "log.jsonl").exists():
+        while not (log := out / "run" / "log.jsonl").exists() or not log.stat().st_size:
             pass
         ended = child.kill_after(0, number)
         finish(train.at(base, out), work / "log")
@@ -176,12 +178,16 @@ def _is_broken(folder: Path) -> bool:
 
 
 class _Disk:
-    """A small file system in memory; without the rights to mount one, a limit to the size of each file."""
+    """A small file system in memory; a limit to the size of each file, where it would be too small for one.
+
+    The same where nobody may mount one.
+    """
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = _fresh(folder)
         options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        self.mounted = subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0
+        mount = ["mount", *options] if size > 2 * PAGE else ["false"]
+        self.mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
         self.limit: Callable[[], None] = (lambda: None) if self.mounted else limit_files(size)
 
     def grow(self) -> None:

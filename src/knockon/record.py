@@ -1,7 +1,10 @@
 """The files of a run folder: what a run says of itself, and what its model needs; nothing that executes."""
 
 import dataclasses
+import hashlib
+import json
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -53,14 +56,22 @@ class Record:
     """Wall time of training with all that comes before its first step, without what was resumed."""
 
     def write(self, folder: Path) -> None:
-        """Write ``run.json``."""
-        write_json(folder / RECORD, dataclasses.asdict(self))
+        """Write ``run.json``, with a checksum of what it says."""
+        plain = dataclasses.asdict(self)
+        write_json(folder / RECORD, plain | {"checksum": _checksum(plain)})
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
         """Read ``run.json``; everything in it is checked, nothing is executed."""
         plain = read_json(folder / RECORD)
         where = str(folder / RECORD)
+        told = plain.pop("checksum", None)
+        if told not in (None, _checksum(plain)):  # records of earlier versions have none
+            raise UserError(
+                f"{where} was changed after it was written",
+                expected="a run folder that nobody edited",
+                mend="restore the file, or train again",
+            )
         config = models.load(str(plain.get("model"))).Config
         hollow = dataclasses.make_dataclass(
             "Hollow", [(f.name, config if f.name == "config" else f.type) for f in dataclasses.fields(cls)]
@@ -77,6 +88,11 @@ class Record:
         """Keep what the user asked for and drop what came of it: equal for a run and its resumption."""
         outcome = {"files", "versions", "device", "steps", "seconds"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
+
+
+def _checksum(plain: Mapping[str, object]) -> str:
+    """SHA-256 of what a record says, as hexadecimal text."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 EVALUATORS = ("scikit-learn", "cell-eval", "cell-eval2", "pdex", "illico")

@@ -12,6 +12,8 @@ import pandas as pd
 import safetensors
 
 from benchmarks.faults.process import finish
+from knockon.data.manifest import ASIDE as BEGUN
+from knockon.data.manifest import MANIFEST
 
 ASIDE = re.compile(r"\.(?P<name>.+)-[0-9a-f]{6}-\d+-[^-]*")
 """Names of temporary files."""
@@ -37,6 +39,7 @@ TRAINING = (
 )
 COMMANDS = (
     Command("simulate", "simulate {out}/screen.h5ad --preset tiny"),
+    Command("prepare", "prepare {base}/screen.h5ad --out {out}/store --quiet"),
     Command("split", "split {base}/screen.h5ad --out {out}/split.json"),
     Command(
         "train latent_additive",
@@ -71,6 +74,7 @@ def prepare(base: Path) -> None:
     for line in (
         "simulate {base}/screen.h5ad --preset tiny",
         "split {base}/screen.h5ad --out {base}/split.json",
+        "prepare {base}/screen.h5ad --out {base}/store --quiet",
         "train latent_additive --data {base}/screen.h5ad --split {base}/split.json --out {base}/run "
         + TRAINING,
         "predict {base}/run --part test --cells 32 --device cpu --quiet --out {base}/pred.h5ad",
@@ -80,13 +84,18 @@ def prepare(base: Path) -> None:
 
 
 def visible(folder: Path) -> list[Path]:
-    """Files that a reader may open: not the temporary ones."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not ASIDE.fullmatch(path.name))
+    """Files that a reader may open: not the temporary ones, and not those of an unfinished store."""
+    unfinished = {path.parent for path in folder.rglob(BEGUN) if not (path.parent / MANIFEST).exists()}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not ASIDE.fullmatch(path.name) and unfinished.isdisjoint(path.parents)
+    )
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Temporary files."""
-    return [path for path in folder.rglob("*") if ASIDE.fullmatch(path.name)]
+    return [path for path in folder.rglob("*") if ASIDE.fullmatch(path.name) or path.name == BEGUN]
 
 
 def contents(folder: Path, loose: tuple[str, ...] = ()) -> Mapping[str, str]:

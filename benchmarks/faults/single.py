@@ -73,8 +73,12 @@ def bits(base: Path, work: Path, options: argparse.Namespace) -> str:
     evaluate = next(one for one in COMMANDS if one.name == "evaluate")
     train = next(one for one in COMMANDS if one.name == "train latent_additive")
     report = next(one for one in COMMANDS if one.name == "report")
+    stored = next(one for one in COMMANDS if one.name == "train from a store")
+    largest = max(visible(base / "store"), key=lambda path: path.stat().st_size)
     rows = []
     for path, command in (
+        ("store/knockon.json", stored),
+        (str(largest.relative_to(base)), stored),
         *(
             (f"run/{name}", predict)
             for name in ("weights.safetensors", "run.json", "spec.json", "split.json")

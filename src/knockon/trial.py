@@ -13,9 +13,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from knockon.data.conventions import Columns
-from knockon.data.h5ad import write_h5ad
+from knockon.data.h5ad import read_h5ad, write_h5ad
 from knockon.data.screen import Screen, read
 from knockon.data.splits import Split
+from knockon.data.store import about
 from knockon.evaluate import flags, scores, suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.report.portrait import Album
@@ -155,7 +156,7 @@ def judge(trial: Trial) -> pd.DataFrame:
     truth = Truth.of(first.screen, trial.split, source=screen)
     album = Album.begin(trial.folder, truth)
     for name in trial.recipes:
-        predicted = anndata.read_h5ad(_path(trial, name))
+        predicted = read_h5ad(_path(trial, name))
         judged.append(scores.look(name, Pairs.align(predicted, truth), comparison.suite, album))
         for line in flags.describe(judged[-1].flags) if name not in BASELINES else ():
             log.warning("%s: %s", name, line)
@@ -198,8 +199,7 @@ def _predict(run: Run, trial: Trial, name: str, screen: Screen, fallback: Path |
     by = digest(fallback / RECORD) if lacking and fallback else ""
     marks = {"run": digest(run.folder / RECORD), "cells": comparison.cells, "fallback": by}
     if path.exists():
-        earlier = anndata.read_h5ad(path)
-        if marks.items() <= earlier.uns["knockon"].items():
+        if marks.items() <= about(read_h5ad(path).uns.get("knockon")).items():
             return
     parts = [(run, [label for label in run.split.test if label not in set(lacking)])]
     began = time.monotonic()
@@ -212,8 +212,8 @@ def _predict(run: Run, trial: Trial, name: str, screen: Screen, fallback: Path |
             if labels
         ]
     predicted = _joined(made)
-    about = {"by_fallback": [str(label) for label in lacking], "seconds": time.monotonic() - began}
-    predicted.uns["knockon"] |= marks | about
+    noted = {"by_fallback": [str(label) for label in lacking], "seconds": time.monotonic() - began}
+    predicted.uns["knockon"] |= marks | noted
     write_h5ad(predicted, path)
 
 

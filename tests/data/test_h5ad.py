@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 from knockon.data import h5ad
-from knockon.data.h5ad import write_h5ad
+from knockon.data.h5ad import read_h5ad, write_h5ad
 from knockon.types import UserError
 
 
@@ -48,6 +48,8 @@ def test_a_flipped_bit_of_a_value_is_found_by_any_reader(cells: anndata.AnnData,
     (tmp_path / "a.h5ad").write_bytes(content)
     with pytest.raises(OSError, match="filter returned failure"):
         anndata.read_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(UserError, match=r"a.h5ad .*filter returned failure"):
+        read_h5ad(tmp_path / "a.h5ad")
 
 
 @pytest.mark.parametrize("room", [0, 500, 3000, 20000])

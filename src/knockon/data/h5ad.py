@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from anndata.experimental import write_dispatched
 
 from knockon.files import written_aside
+from knockon.types import UserError
 
 CHECKED = {"fletcher32": True}
 """A filter of HDF5 itself: whoever reads a damaged value is told so."""
@@ -34,6 +35,27 @@ def write_h5ad(adata: anndata.AnnData, path: Path) -> None:
             write_dispatched(store, "/", adata, _checked)
         if sink.failure is not None:
             raise sink.failure
+
+
+def read_h5ad(path: Path) -> anndata.AnnData:
+    """Read cells that ``write_h5ad`` wrote, whole.
+
+    Raises
+    ------
+    UserError
+        If the file is damaged or something else.
+    """
+    try:
+        return anndata.read_h5ad(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # damage shows itself as an error of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Cannot read {path} ({reason})",
+            expected="cells as they were written",
+            mend="remove the file, and give the same command again",
+        ) from error
 
 
 def _checked(

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from knockon.evaluate import flags, scores, suites, tables
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.prediction import read
 from knockon.evaluate.report import page
+from knockon.forecast import forecast
 from knockon.interrupt import Ended, ended_by_sigterm
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
@@ -146,6 +148,8 @@ class Train(Command):
     """Run folder whose weights training begins with, of the same model; what has another name is new."""
     options: Annotated[Options, Flat] = Options(quiet=False)
     columns: Annotated[Columns, Flat] = Columns()
+    dry_run: bool = False
+    """Train a few steps in a temporary folder, and say what memory, time and disk all of it would take."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> "Train":
@@ -172,10 +176,20 @@ class Train(Command):
         return tyro.cli(kind, args=arguments, prog="knockon train")
 
     def run(self) -> None:
-        """Train."""
+        """Train, or say what that would take."""
+        began = time.monotonic()
         screen = read_screen(self.data, self.columns)
         split = splits.make(self.split, screen)
         recipe = Recipe(model=self.model, train=self.train)
+        if self.dry_run:
+            found = forecast(
+                recipe, screen, split, out=self.out, options=self.options, start=self.start, began=began
+            )
+            for line in found.lines():
+                say(line)
+            for line in found.lacking:
+                log.warning(line)
+            return
         run = train(recipe, screen, split, out=self.out, options=self.options, start=self.start)
         say(f"{self.out}: {self.name} after {run.record.steps} steps in {run.record.seconds:.0f} s")
 

@@ -31,6 +31,7 @@ from knockon.progress import bar
 from knockon.record import LOG, RECORD, SPLIT, Record, save_run, stored, versions, write_spec
 from knockon.run import Run, resolve_device
 from knockon.types import Label, UserError
+from knockon.watch import Watch
 
 STAGE_ONE = "stage_one"
 """Where in a run folder an earlier stage is trained that was not given."""
@@ -68,6 +69,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
     options: Options = Options(),
     wanted: Sequence[Label] = (),
     start: str | Path | None = None,
+    watch: Watch | None = None,
 ) -> Run:
     """Train a model and write its run folder; continue where an earlier run of the same stopped.
 
@@ -85,6 +87,8 @@ def train(  # noqa: PLR0913 - each is one independent choice
         Conditions that the model must be able to predict.
     start
         Run folder whose weights training begins with, of the same model; what has another name is new.
+    watch
+        Looks on, and may end training early.
 
     Raises
     ------
@@ -93,7 +97,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
     UserError
         If the folder holds another run, or training diverges.
     """
-    folder = Path(out)
+    folder, watch = Path(out), watch or Watch()
     began = time.monotonic()
     recipe = _recipe(model)
     split = split if isinstance(split, Split) else splits.make(split, screen)
@@ -133,8 +137,10 @@ def train(  # noqa: PLR0913 - each is one independent choice
     if isinstance(stage, Recipe):
         log.info("the first stage is trained in %s", folder / STAGE_ONE)
         stage = dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=recipe.train.seed))
-        network.take(train(stage, screen, split, out=folder / STAGE_ONE, options=options).model)
-    steps = _optimize(network, prepared, split, folder=folder, training=recipe.train, options=options)
+        out = folder / STAGE_ONE
+        network.take(train(stage, screen, split, out=out, options=options, watch=watch).model)
+    training = watch.begins(recipe.train)
+    steps = _optimize(network, prepared, split, folder, training, options, watch)
     validate.choose(network, prepared, split.validation, recipe.train.seed)
     record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
     record = save_run(folder, network, record)
@@ -261,8 +267,14 @@ def _check_same(earlier: Record, record: Record, folder: Path, split: Split, scr
         )
 
 
-def _optimize(
-    network: Model, screen: Screen, split: Split, *, folder: Path, training: Training, options: Options
+def _optimize(  # noqa: PLR0913, PLR0917 - all that training depends on
+    network: Model,
+    screen: Screen,
+    split: Split,
+    folder: Path,
+    training: Training,
+    options: Options,
+    watch: Watch,
 ) -> int:
     """Minimize the model's loss; leaves the chosen weights in ``network`` and returns the steps done."""
     if not training.steps:
@@ -275,13 +287,15 @@ def _optimize(
     objective = torch.compile(module.loss) if training.compile else module.loss
     sampler = _sampler(screen, network, split, training, fabric.device)
     validation = tuple(label for label in split.validation if len(screen.rows[label]) > 1)
-    score = validate.score_by(screen, network.spec, validation, training, fabric.device)
+    score = watch.timed(
+        "validation", validate.score_by(screen, network.spec, validation, training, fabric.device)
+    )
     with (
         torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []),
         bar("training", total=training.steps, start=state.step, quiet=options.quiet) as advance,
         wishes() as wish,
     ):
-        while state.step < training.steps and not state.exhausted(training):
+        while watch.goes_on() and state.step < training.steps and not state.exhausted(training):
             # ---- one training step ------------------------------------------------------------
             rng = _generator(training.seed, state.step, fabric.device)
             for group in optimizer.param_groups:
@@ -307,7 +321,7 @@ def _optimize(
                 network.train()
                 journal.write(state.step, validation=state.score)
             if _due(state.step, training.checkpoint_every) or wish.number:
-                state.save(folder / CHECKPOINT)
+                watch.timed("checkpoint", state.save)(folder / CHECKPOINT)
             advance(text)
             wish.heed(f"stopped at step {state.step} of {training.steps}")
     state.refuse_nonfinite(folder)

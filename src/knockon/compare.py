@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from knockon import models
+from knockon.data.memory import settle
 from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
@@ -18,7 +19,7 @@ from knockon.jobs import Ended, alone, do_all
 from knockon.model import Recipe
 from knockon.predict import refuse_few
 from knockon.train import Options
-from knockon.trial import Comparison, Trial, judge, make, sent
+from knockon.trial import Comparison, Elsewhere, Trial, judge, make, sent
 from knockon.types import UserError
 
 log = logging.getLogger("knockon")
@@ -54,7 +55,7 @@ def compare(
         in the folder.
     """
     folder = Path(out)
-    trials = {"": _trial(folder, screen, split, comparison, options, further)}
+    trials = {"": _trial(folder, _given(screen, comparison, options), split, comparison, options, further)}
     if _pooled(folder):
         raise UserError(
             f"{folder} holds comparisons of several splits or seeds",
@@ -100,10 +101,10 @@ def compare_all(
     folder, names = Path(out), [(split, seed) for split in held_out for seed in dict.fromkeys(seeds)]
     if (folder / "runs").exists():
         raise UserError(f"{folder} holds the comparison of one split and seed", mend="choose another --out")
-    trials = {}
+    given, trials = _given(screen, comparison, options), dict[str, Trial]()
     for split, seed in names:
         own, name = dataclasses.replace(comparison, seed=seed), f"{split}-seed{seed}"
-        trials[name] = _trial(folder / name, screen, held_out[split], own, options)
+        trials[name] = _trial(folder / name, given, held_out[split], own, options)
     with alone(folder, *(trial.folder for trial in trials.values())):
         ended = _done(trials, quiet=options.quiet)
         tables = {}
@@ -135,16 +136,8 @@ def _pooled(folder: Path) -> bool:
         return file.readline().startswith(",".join(POOLED))
 
 
-def _trial(
-    folder: Path,
-    screen: Screen,
-    split: Split,
-    comparison: Comparison,
-    options: Options,
-    further: Mapping[str, Recipe] | None = None,
-) -> Trial:
-    """Put together what is compared, and refuse what no job could do."""
-    chosen = recipes(comparison, further)
+def _given(screen: Screen, comparison: Comparison, options: Options) -> Screen | Elsewhere:
+    """Refuse what no job could do, and make the screen fit for all jobs."""
     if comparison.fallback not in (None, *BASELINES):
         raise UserError(
             "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(BASELINES)
@@ -156,13 +149,27 @@ def _trial(
         )
     suites.refuse_unfit(comparison.suite, screen)
     refuse_few(comparison.cells)
+    if comparison.cluster:
+        return sent(screen, far=True)
+    # values that have room are loaded here, for all processes
+    return sent(settle(screen, options.memory), far=False) if comparison.jobs > 1 else screen
+
+
+def _trial(
+    folder: Path,
+    screen: Screen | Elsewhere,
+    split: Split,
+    comparison: Comparison,
+    options: Options,
+    further: Mapping[str, Recipe] | None = None,
+) -> Trial:
     apart = comparison.jobs > 1 or comparison.cluster is not None
     return Trial(
         folder=folder.absolute() if comparison.cluster else folder,
         split=split,
         comparison=comparison,
-        recipes=chosen,
-        screen=sent(screen, far=comparison.cluster is not None) if apart else screen,
+        recipes=recipes(comparison, further),
+        screen=screen,
         options=dataclasses.replace(options, quiet=options.quiet or apart),
     )
 

@@ -137,10 +137,9 @@ def train(  # noqa: PLR0913 - each is one independent choice
     if isinstance(stage, Recipe):
         log.info("the first stage is trained in %s", folder / STAGE_ONE)
         stage = dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=recipe.train.seed))
-        out = folder / STAGE_ONE
-        network.take(train(stage, screen, split, out=out, options=options, watch=watch).model)
-    training = watch.begins(recipe.train)
-    steps = _optimize(network, prepared, split, folder, training, options, watch)
+        earlier_stage = train(stage, screen, split, out=folder / STAGE_ONE, options=options, watch=watch)
+        network.take(earlier_stage.model)
+    steps = _optimize(network, prepared, split, folder, watch.begins(recipe.train), options, watch)
     validate.choose(network, prepared, split.validation, recipe.train.seed)
     record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
     record = save_run(folder, network, record)

@@ -17,8 +17,9 @@ T = TypeVar("T")
 Part = Literal["step", "validation", "checkpoint"]
 COLD = 2
 """Steps that come before the usual ones: what is compiled or made at the first use is in them."""
-VALIDATED, SAVED, LEAST = 5, 6, 8
-"""Steps after which a stopwatch sees a validation and a checkpoint, where any is due, and the fewest."""
+VALIDATED, SAVED, LEAST = 5, 3, 8
+"""Steps after which a stopwatch sees a validation and a checkpoint, where any is due, and the fewest. There
+are two checkpoints where the training would have as many, since the one before the last is kept."""
 BRIEF, ENOUGH = 4.0, 20.0
 """Seconds of steps, or of everything, after which a stopwatch has seen enough."""
 
@@ -94,11 +95,12 @@ class Stopwatch(Watch):
         """Hasten what is due only after many steps."""
         self.stages.append(Stage(training=training))
         self._last = None
+        saved = SAVED if 2 * training.checkpoint_every <= training.steps else LEAST
         soon = {
             name: min(every, first) if every <= training.steps else 0
             for name, every, first in (
                 ("validate_every", training.validate_every, VALIDATED),
-                ("checkpoint_every", training.checkpoint_every, SAVED),
+                ("checkpoint_every", training.checkpoint_every, saved),
             )
         }
         return dataclasses.replace(training, patience=0, **soon)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -74,6 +75,13 @@ def test_any_rows_are_read(store):
         assert (store.gather(rows) == whole[rows]).all()
     assert store.gather(np.empty(0, dtype=np.int64)).shape == (0, 40)
     assert (settle(store, "1GB").matrix.toarray() == whole).all()
+
+
+def test_values_travel_as_their_place(store):
+    text = pickle.dumps(store.matrix.normalized(1e4).panel(np.arange(5)))
+    assert len(text) < 1000
+    again = pickle.loads(text)
+    assert (again[3:9] != store.matrix.normalized(1e4)[3:9][:, :5]).nnz == 0
 
 
 def test_little_is_held_for_each_cell(store):

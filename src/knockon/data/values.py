@@ -69,7 +69,7 @@ class OnDisk:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process as the place of the values, where they are opened again."""
-        return _opened, (*_place(self.data), self.total, self.genes)
+        return _opened, (_place(self.data), self.total, self.genes)
 
     def _prepared(self, block: sp.csr_matrix) -> sp.csr_matrix:
         if self.total is not None:
@@ -85,16 +85,20 @@ class OnDisk:
         return replace(self, genes=places if self.genes is None else self.genes[places])
 
 
-def _place(data: Any) -> tuple[str, str]:
-    """File of values on disk, and where in it they are."""
+def _place(data: Any) -> Any:
+    """File of values on disk, and where in it they are; the values of a store know that themselves."""
     element = getattr(data, "group", data)
     if isinstance(element, h5py.Group | h5py.Dataset):
         return str(element.file.filename), str(element.name)
-    return str(element.store.root), element.path
+    if isinstance(element, zarr.Group | zarr.Array):
+        return str(element.store.root), element.path  # pyright: ignore[reportAttributeAccessIssue]
+    return data
 
 
-def _opened(file: str, name: str, total: float | None, genes: np.ndarray | None) -> OnDisk:
-    return OnDisk(data=_element(str(Path(file).resolve()), name), total=total, genes=genes)
+def _opened(place: Any, total: float | None, genes: np.ndarray | None) -> OnDisk:
+    if isinstance(place, tuple):
+        place = _element(str(Path(place[0]).resolve()), place[1])
+    return OnDisk(data=place, total=total, genes=genes)
 
 
 @lru_cache(maxsize=4)

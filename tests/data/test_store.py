@@ -127,6 +127,8 @@ def test_a_batch_depends_on_seed_and_step_only(store):
     assert same(ahead[2], sampler(store).batch(7))
     assert not same(ahead[2], ahead[1])
     assert not same(ahead[2], sampler(store, seed=1).batch(7))
+    assert not same(ahead[2], one.batch(7, 1))
+    assert same(one.batch(7, 1), sampler(store).batch(7, 1))
 
 
 def test_windows_give_each_cell_equally_often_and_none_twice(store):

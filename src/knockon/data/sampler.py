@@ -86,12 +86,12 @@ class Sampler:
         self._ahead = Ahead(self._make) if isinstance(screen.matrix, OnDisk) else None
         self.notes = _notes(screen, conditions)
 
-    def batch(self, step: int) -> CellSets:
-        """Draw the batch of a step, counted from 0."""
-        return (self._ahead or self._make)(step, 0)
+    def batch(self, step: int, number: int = 0) -> CellSets:
+        """Draw a batch of a step, both counted from 0."""
+        return (self._ahead or self._make)(step, number)
 
-    def _make(self, step: int, _number: int) -> CellSets:
-        rng = np.random.default_rng((self.seed, step))
+    def _make(self, step: int, number: int) -> CellSets:
+        rng = np.random.default_rng((self.seed, step, number))
         if self._shares is None:
             chosen = rng.integers(len(self._targets), size=self.sets)
         else:

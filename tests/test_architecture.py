@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "knockon"
 FILES = sorted(SOURCE.rglob("*.py"))
 TIERS = (
-    {"types", "files", "interrupt", "progress", "jobs"},
+    {"types", "files", "devices", "interrupt", "progress", "jobs"},
     {"data", "dynamics", "nn"},
     {"model"},
     {"baseline"},
@@ -18,7 +18,7 @@ TIERS = (
     {"record"},
     {"run"},
     {"transfer"},
-    {"checkpoint", "validate", "watch"},
+    {"checkpoint", "schedule", "validate", "watch"},
     {"train"},
     {"forecast"},
     {"evaluate"},

@@ -247,6 +247,25 @@ def test_divergence_is_a_message(screen: Screen, split: Split, tmp_path: Path) -
         )
 
 
+def test_precision_is_that_of_the_products_in_the_loss(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, found = {"bf16": recipe(precision="bf16", steps=1), "float32": recipe(steps=1)}, {}
+    kind = type(asked["bf16"].model.build(screen.spec()))
+    original = kind.loss
+
+    def loss(self: Model, batch: CellSets, rng: torch.Generator) -> Losses:
+        seen.append(torch.nn.functional.linear(batch.target, batch.target[0]).dtype)
+        return original(self, batch, rng)
+
+    monkeypatch.setattr(kind, "loss", loss)
+    for name, one in asked.items():
+        seen: list[torch.dtype] = []
+        train(one, screen, split, out=tmp_path / name)
+        (found[name],) = seen
+    assert found == {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
 def test_bf16_and_averages_train(screen: Screen, split: Split, tmp_path: Path) -> None:
     run = train(recipe(precision="bf16", steps=2), screen, split, out=tmp_path / "run")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.model.parameters())

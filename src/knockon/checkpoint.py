@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from knockon import devices
 from knockon.files import unwritable, write_text, written_aside
 from knockon.model import Model, Training
 from knockon.types import UserError
@@ -49,28 +50,24 @@ class State:
         self.score, self.stale = score, self.stale + 1
         if score < self.best_score:
             self.best_score, self.stale = score, 0
-            self.best = {name: tensor.clone() for name, tensor in self.predictor.state_dict().items()}
+            best = devices.whole(self.predictor.state_dict())
+            self.best = {name: tensor.clone() for name, tensor in best.items()}
 
     def exhausted(self, training: Training) -> bool:
         """Whether validation has not improved for too long."""
         return bool(training.patience) and self.stale >= training.patience
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint, whole or not at all; all processes call this, and the first one writes."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        tensors = devices.whole(tensors)
         self.refuse_nonfinite(path.parent.parent)
-        numbers = json.dumps({"step": self.step, "best_score": self.best_score, "stale": self.stale})
-        with written_aside(path) as aside:
-            metadata = {"numbers": numbers, "sha256": _checksum(tensors, numbers)}
-            safetensors.torch.save_file(tensors, aside, metadata=metadata)
-            if path.exists():
-                path.replace(path.with_name(PREVIOUS))
+        devices.on_first(lambda: self._write(path, tensors))
 
     def refuse_nonfinite(self, folder: Path) -> None:
         """Refuse weights that are no numbers: nothing that follows from them would be one.
@@ -81,7 +78,7 @@ class State:
             If a parameter is not finite.
         """
         models = [self.model] if self.average is None else [self.model, self.average]
-        named = [pair for model in models for pair in model.named_parameters()]
+        named = [pair for model in models for pair in devices.whole(dict(model.named_parameters())).items()]
         marks = [parameter.isfinite().all() for _, parameter in named]
         if marks and not bool(torch.stack(marks).all()):
             wrong = [name for (name, _), mark in zip(named, marks, strict=True) if not mark]
@@ -118,16 +115,29 @@ class State:
         return False
 
     def _take(self, numbers: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
-        self.model.load_state_dict(parts["model"])
+        self.model.load_state_dict(devices.laid(parts["model"], self.model.state_dict()))
         if self.average is not None:
-            self.average.load_state_dict(parts["average"])
+            self.average.load_state_dict(devices.laid(parts["average"], self.average.state_dict()))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = tensor
+        places = dict(enumerate(p for group in self.optimizer.param_groups for p in group["params"]))
+        for index, found in moments.items():
+            like = {key: places[index] for key in found}  # noqa: C420 (fromkeys gives away its type)
+            moments[index] = devices.laid(found, like)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self.best = parts["best"]
         self.step, self.best_score, self.stale = numbers["step"], numbers["best_score"], numbers["stale"]
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        numbers = json.dumps({"step": self.step, "best_score": self.best_score, "stale": self.stale})
+        with written_aside(path) as aside:
+            metadata = {"numbers": numbers, "sha256": _checksum(tensors, numbers)}
+            safetensors.torch.save_file(tensors, aside, metadata=metadata)
+            if path.exists():
+                path.replace(path.with_name(PREVIOUS))
 
 
 def diverged(folder: Path, step: int, what: str) -> UserError:
@@ -202,10 +212,10 @@ class Journal:
                 )
             if done is not None and done <= step:
                 kept.append(line)
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        devices.on_first(lambda: write_text(path, "".join(f"{line}\n" for line in kept)))
 
     def write(self, step: int, **values: float) -> None:
-        """Append a line.
+        """Append a line, in the first process.
 
         Raises
         ------
@@ -215,6 +225,8 @@ class Journal:
         if not all(map(math.isfinite, values.values())):
             told = ", ".join(f"{name} {value:g}" for name, value in values.items())
             raise diverged(self.path.parent, step, told)
+        if not devices.is_first():
+            return
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")

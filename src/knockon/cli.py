@@ -1,7 +1,9 @@
 """The commands. Each is a dataclass whose fields are its options, and whose ``run`` does the work."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import signal
@@ -17,7 +19,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from knockon import models
+from knockon import devices, models
 from knockon.commands import limits
 from knockon.commands.common import Command, Data, Flat, Folder, Predicted, read_screen, say, show
 from knockon.commands.export import Export
@@ -175,6 +177,11 @@ class Train(Command):
         kind.__doc__ = f"Train {known.name}, from its preset {known.preset}."
         return tyro.cli(kind, args=arguments, prog="knockon train")
 
+    @property
+    def patience(self) -> float | None:
+        """As it was asked for."""
+        return self.options.timeout
+
     def run(self) -> None:
         """Train, or say what that would take."""
         began = time.monotonic()
@@ -315,13 +322,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log.setLevel(logging.INFO)
     try:
         with ended_by_sigterm():
-            _command(arguments).run()
+            command = _parsed(arguments)
+            with devices.side_by_side(command.patience):
+                command.run()
     except UserError as error:
         _refuse(error)
     except KeyboardInterrupt as error:
         number, note = (error.number, error.note) if isinstance(error, Ended) else (signal.SIGINT, "")
-        text = f"\nknockon: {note or 'stopped'}; the same command continues where it left off"
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        _tell(f"\nknockon: {note or 'stopped'}; the same command continues where it left off")
         sys.exit(128 + number)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -334,8 +342,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _refuse(error: UserError) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"knockon: {error}", markup=False, soft_wrap=True)
+    _tell(f"knockon: {error}")
     sys.exit(2)
+
+
+def _tell(text: str) -> None:
+    console = Console(stderr=True, highlight=False)
+    devices.tell(lambda: console.print(text, markup=False, soft_wrap=True))
+
+
+def _parsed(arguments: list[str]) -> Command:
+    """Read the arguments; of several processes that cannot, one says so."""
+    if devices.asked() == 1:
+        return _command(arguments)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return _command(arguments)
+    except SystemExit:
+        devices.tell(lambda: print(said.getvalue(), file=sys.stderr))
+        raise
 
 
 def _command(arguments: list[str]) -> Command:

@@ -9,6 +9,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from knockon import devices
 from knockon.data import conventions
 from knockon.model import Model, device_of
 from knockon.predict import CHUNK, described, refuse_few, refuse_unknown, words_of
@@ -98,7 +99,7 @@ def generate(
     """Generate cells of one condition from noise alone.
 
     Cells depend on the model, the seed, what is given and their number; whole chunks of ``CHUNK`` cells do
-    not depend on how many follow.
+    not depend on how many follow. Processes that work together share the chunks.
 
     Parameters
     ----------
@@ -113,7 +114,8 @@ def generate(
     -------
     AnnData
         ``X`` is float32 CSR in the model's units; ``obs`` has ``perturbation``, the covariates, and
-        ``dose`` where the model's screen has doses; what is open is ``any``.
+        ``dose`` where the model's screen has doses; what is open is ``any``. Only the first process has
+        cells.
 
     Raises
     ------
@@ -129,18 +131,20 @@ def generate(
     shown = torch.tensor([given.classes], dtype=torch.bool, device=device)
     texts = given.texts(spec)
     random = np.random.default_rng(words_of(seed, " | ".join(texts.values())))
-    noise = Noise(torch.Generator(device).manual_seed(int(random.integers(2**62))))
+    sizes = [min(CHUNK, cells - start) for start in range(0, cells, CHUNK)]
+    chunks = list(zip(sizes, random.integers(2**62, size=len(sizes)).tolist(), strict=True))
     if given.classes[0]:
         refuse_unknown(model, [given.label])
     blocks = []
-    for start in range(0, cells, CHUNK):
-        drawn = model.generate(condition, shown, min(CHUNK, cells - start), noise)[0]
+    for size, own in devices.share(chunks):
+        drawn = model.generate(condition, shown, size, Noise(torch.Generator(device).manual_seed(own)))[0]
         blocks.append(sp.csr_matrix(drawn.float().cpu().numpy()))
         advance()
+    made = [sp.csr_matrix((0, len(spec.genes))), *devices.joined_on_first(blocks)]
     obs = described([given.label], spec.covariates, dosed=spec.dose_unit is not None)
     texts |= {"dose": ANY} if not given.classes[0] and "dose" in obs else {}
     obs = obs.assign(**{name: pd.Categorical([text]) for name, text in texts.items()})
-    obs = obs.iloc[np.zeros(cells, dtype=np.int64)]
-    obs.index = pd.Index([f"generated_{i}" for i in range(cells)])
-    matrix = sp.vstack(blocks, format="csr", dtype=np.float32)
+    obs = obs.iloc[np.zeros(sum(block.shape[0] for block in made), dtype=np.int64)]
+    obs.index = pd.Index([f"generated_{i}" for i in range(len(obs))])
+    matrix = sp.vstack(made, format="csr", dtype=np.float32)
     return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=pd.Index(spec.genes)))

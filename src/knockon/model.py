@@ -143,6 +143,8 @@ class Training:
     """Sets (conditions) in a batch."""
     cells: int = 48
     """Cells of a set."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one step, in each process."""
     by_cells: bool = False
     """Draw each set's condition as often as it has cells, instead of all alike."""
     with_replacement: bool = False

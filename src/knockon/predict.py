@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from knockon import devices
 from knockon.data.screen import Screen
 from knockon.model import Model, device_of, name_of
 from knockon.types import Covariate, Label, Noise, UserError
@@ -36,7 +37,8 @@ def generate(
     """Generate cells of some conditions from control cells.
 
     A condition's cells depend on the model, the seed and the condition, and (but for rounding) not on what
-    else is asked for. Control cells are used equally often.
+    else is asked for. Control cells are used equally often. Processes that work together
+    share the conditions.
 
     Parameters
     ----------
@@ -56,7 +58,8 @@ def generate(
     AnnData
         The predicted cells, then all control cells of their contexts, as they were measured. ``X`` is
         float32 CSR in the model's units; ``obs`` has ``perturbation``, ``control``, the covariates,
-        ``dose`` where the screen has doses, and ``control_cell``.
+        ``dose`` where the screen has doses, and ``control_cell``. Only the first process has the
+        predicted cells.
 
     Raises
     ------
@@ -67,13 +70,13 @@ def generate(
         raise UserError("No condition to predict", mend="name some, or choose a part that the split has")
     refuse_few(cells)
     refuse_unknown(model, labels)
-    blocks, used = [], []
-    for group in groups(labels, cells):
+    made = []
+    for group in devices.share(list(groups(labels, cells))):
+        made.append([])
         for drawn, rows in draw(model, screen, group, cells=cells, seed=seed):
-            blocks.append(sp.csr_matrix(drawn.cpu().numpy()))
-            used.append(rows)
+            made[-1].append((sp.csr_matrix(drawn.cpu().numpy()), rows))
             advance()
-    return _assemble(screen, labels, blocks, used)
+    return _assemble(screen, labels, [one for group in devices.joined_on_first(made) for one in group])
 
 
 def refuse_few(cells: int) -> None:
@@ -202,22 +205,22 @@ def _balanced(
 def _assemble(
     screen: Screen,
     labels: Sequence[Label],
-    blocks: Sequence[sp.csr_matrix],
-    used: Sequence[Int[np.ndarray, "cells"]],
+    sets: Sequence[tuple[sp.csr_matrix, Int[np.ndarray, "cells"]]],
 ) -> anndata.AnnData:
-    """Predicted cells and, below them, the control cells of their contexts."""
+    """Predicted cells, where there are any, and below them the control cells of their contexts."""
     controls = np.unique(np.concatenate([screen.control_rows(label) for label in labels]))
     names = np.array(screen.names_of(controls), dtype=object)
-    kinds = [label for label, rows in zip(labels, used, strict=True) for _ in rows]
+    kinds = [label for label, (_, rows) in zip(labels, sets, strict=bool(sets)) for _ in rows]
     context = np.empty(len(controls), dtype=object)
     for label in screen.controls:
         context[np.isin(controls, screen.rows[label])] = label
     kinds += context.tolist()
-    origin = np.concatenate([*used, controls])
+    origin = np.concatenate([*(rows for _, rows in sets), controls])
     num_predicted = len(origin) - len(controls)
     obs = described(kinds, screen.covariates, dosed=screen.dose_unit is not None)
     obs.index = pd.Index([*(f"predicted_{i}" for i in range(num_predicted)), *names])
     obs.insert(1, "control", np.array([label.is_control for label in kinds]))
     obs["control_cell"] = names[np.searchsorted(controls, origin)]
+    blocks = [cells for cells, _ in sets]
     matrix = sp.vstack([*blocks, screen.matrix[controls]], format="csr", dtype=np.float32)
     return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=pd.Index(screen.genes)))

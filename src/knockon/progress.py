@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from knockon import devices
+
 
 @contextmanager
 def bar(
@@ -15,7 +17,8 @@ def bar(
 ) -> Iterator[Callable[..., None]]:
     """Show a bar on the terminal while something advances towards ``total``.
 
-    Nothing is shown where ``quiet`` is set or the error stream is not a terminal.
+    Nothing is shown where ``quiet`` is set or the error stream is not a terminal; of several processes, the
+    first one shows it.
 
     Yields
     ------
@@ -31,7 +34,7 @@ def bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
         console=console,
-        disable=quiet or not console.is_terminal,
+        disable=quiet or not console.is_terminal or not devices.is_first(),
     )
     with _logging_above(display):
         task = display.add_task(description, total=total, completed=start, text="", rate="")

@@ -50,6 +50,8 @@ class Record:
     """SHA-256 of the other files of the folder; without the weights until training has finished."""
     versions: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    processes: int = 1
+    """Processes that trained it side by side."""
     steps: int = 0
     """Steps done when training ended."""
     seconds: float = 0.0
@@ -72,6 +74,9 @@ class Record:
                 expected="a run folder that nobody edited",
                 mend="restore the file, or train again",
             )
+        plain.setdefault("processes", 1)  # an earlier version had one only, and no such option
+        if isinstance(plain.get("train"), dict):
+            plain["train"].setdefault("accumulate", 1)
         config = models.load(str(plain.get("model"))).Config
         hollow = dataclasses.make_dataclass(
             "Hollow", [(f.name, config if f.name == "config" else f.type) for f in dataclasses.fields(cls)]
@@ -85,9 +90,16 @@ class Record:
         return WEIGHTS in self.files
 
     def asked(self) -> dict[str, object]:
-        """Keep what the user asked for and drop what came of it: equal for a run and its resumption."""
-        outcome = {"files", "versions", "device", "steps", "seconds"}
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
+        """Keep what the user asked for and drop what came of it: equal for a run and its resumption.
+
+        How the batches of a step are shared among processes makes no difference; their number does.
+        """
+        outcome = {"files", "versions", "device", "processes", "steps", "seconds"}
+        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
+        return kept | {
+            "train": kept["train"] | {"accumulate": 0},
+            "batches": self.processes * self.train.accumulate if self.train.steps else 1,
+        }
 
 
 def _checksum(plain: Mapping[str, object]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from knockon import devices
 from knockon.data import conventions, prepare, splits
 from knockon.data.screen import Screen, read
 from knockon.data.splits import Part, Split
@@ -235,7 +236,7 @@ class Run(Trained):
             )
         return cls(
             folder=folder,
-            model=model.to(resolve_device(device)).eval(),
+            model=model.to(devices.resolve(device)).eval(),
             record=record,
             split=splits.read(folder / SPLIT, screen),
             screen=prepare.apply(screen, record.preparation),
@@ -294,19 +295,12 @@ def trained(folder: str | Path, *, device: str = "cpu") -> Trained:
     """Load a run folder without its screen; see ``Run.load``."""
     folder = Path(folder)
     record, model = stored(folder)
-    return Trained(folder=folder, model=model.to(resolve_device(device)).eval(), record=record)
+    return Trained(folder=folder, model=model.to(devices.resolve(device)).eval(), record=record)
 
 
 def _text(value: object) -> str:
     """Write a value as the command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def resolve_device(name: str) -> str:
-    """Turn ``auto`` into the accelerator, where there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def _read_screen(record: Record, folder: Path, told: str | Path | None) -> Screen:

@@ -1,20 +1,19 @@
 """Training: the one loop, and the only ``.backward(`` of knockon."""
 
-import copy
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 
-from knockon import models, transfer, validate
+from knockon import devices, models, transfer, validate
 from knockon.checkpoint import CHECKPOINT, Journal, State
 from knockon.data import prepare, splits
 from knockon.data.memory import settle
@@ -25,16 +24,19 @@ from knockon.data.vectors import read_vectors
 from knockon.embed import table
 from knockon.files import digest
 from knockon.interrupt import wishes
-from knockon.model import Model, ModelConfig, Recipe, Training, model_class, name_of
+from knockon.model import Losses, Model, ModelConfig, Recipe, Training, model_class, name_of
 from knockon.predict import refuse_unknown
 from knockon.progress import bar
 from knockon.record import LOG, RECORD, SPLIT, Record, save_run, stored, versions, write_spec
-from knockon.run import Run, resolve_device
-from knockon.types import Label, UserError
+from knockon.run import Run
+from knockon.schedule import decay, learning_rate, seed_of
+from knockon.types import CellSets, Label, UserError
 from knockon.watch import Watch
 
 STAGE_ONE = "stage_one"
 """Where in a run folder an earlier stage is trained that was not given."""
+
+Objective = Callable[[CellSets, torch.Generator], Losses]
 
 log = logging.getLogger("knockon")
 
@@ -54,6 +56,11 @@ class Options:
     memory: str | None = None
     """Room for the values of a store, such as 4GB; a larger one is read from disk while the model works. A
     quarter of what is free, without it."""
+    strategy: devices.Strategy = "ddp"
+    """What each process under torchrun holds: the whole model (ddp), or a share of its weights, gradients,
+    average and optimizer (fsdp), for a model that does not fit otherwise."""
+    timeout: float = 30.0
+    """Minutes that processes under torchrun wait for each other before they take one for lost."""
     tensorboard: bool = False
     """Log to ``tensorboard/`` in the run folder as well."""
     quiet: bool = True
@@ -72,6 +79,8 @@ def train(  # noqa: PLR0913 - each is one independent choice
     watch: Watch | None = None,
 ) -> Run:
     """Train a model and write its run folder; continue where an earlier run of the same stopped.
+
+    Under ``torchrun``, all processes train one model together, on batches of their own.
 
     Parameters
     ----------
@@ -97,6 +106,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
     UserError
         If the folder holds another run, or training diverges.
     """
+    devices.join(options.timeout)
     folder, watch = Path(out), watch or Watch()
     began = time.monotonic()
     recipe = _recipe(model)
@@ -112,7 +122,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
     if isinstance(stage, Path):
         found, first = stored(stage)
         recipe = dataclasses.replace(recipe, model=recipe.model.after(found.config))
-    screen = settle(screen, options.memory, device=resolve_device(options.device))
+    screen = settle(screen, options.memory, device=devices.resolve(options.device))
     network, prepared, record = _set_up(recipe, screen, split, options, first)
     if start is not None:
         for note in transfer.adopt(network, Path(start), record, split):
@@ -124,16 +134,14 @@ def train(  # noqa: PLR0913 - each is one independent choice
         for note in transfer.leaks(stage, record, split):
             log.info(note)
     refuse_unknown(network, wanted)
-    if (folder / RECORD).exists():
-        earlier = Record.read(folder)
+    earlier = devices.on_first(lambda: Record.read(folder) if (folder / RECORD).exists() else None)
+    if earlier is not None:
         _check_same(earlier, record, folder, split, screen)
         if earlier.finished:
             log.info("%s is finished already; it is used as it is", folder)
-            return Run.load(folder, screen=screen, device=resolve_device(options.device))
+            return Run.load(folder, screen=screen, device=options.device)
     else:
-        split.write(folder / SPLIT)
-        write_spec(network.spec, folder)
-        record.write(folder)
+        devices.on_first(lambda: _open(folder, split, network, record))
     if isinstance(stage, Recipe):
         log.info("the first stage is trained in %s", folder / STAGE_ONE)
         stage = dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=recipe.train.seed))
@@ -142,43 +150,8 @@ def train(  # noqa: PLR0913 - each is one independent choice
     steps = _optimize(network, prepared, split, folder, watch.begins(recipe.train), options, watch)
     validate.choose(network, prepared, split.validation, recipe.train.seed)
     record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
-    record = save_run(folder, network, record)
+    record = devices.on_first(lambda: save_run(folder, network, record))
     return Run(folder=folder, model=network.eval(), record=record, split=split, screen=prepared)
-
-
-def learning_rate(step: int, training: Training) -> float:
-    """Learning rate of an update, counted from 0: a linear rise, a plateau, then constant or a half cosine.
-
-    The cosine reaches its end at update ``steps``, which is one after the last.
-    """
-    if step < training.warmup:
-        share = step / training.warmup
-        begin = (1 - share) * training.warmup_from or 1 / training.warmup
-        return training.lr * (share + begin)
-    begin = training.warmup + int(training.plateau * training.steps)
-    if training.schedule == "constant" or step < begin:
-        return training.lr
-    progress = (step - begin) / max(1, training.steps - begin)
-    if training.schedule == "root":
-        return training.lr + (training.final_lr - training.lr) * math.sqrt(min(1.0, progress))
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    if training.schedule == "floored_cosine":
-        return max(training.final_lr, training.lr * cosine)
-    return training.final_lr + (training.lr - training.final_lr) * cosine
-
-
-def decay(step: int, training: Training) -> float:
-    """Share of the averaged weights that update ``step``, counted from 0, keeps; 1 leaves them alone."""
-    averaged = step - training.ema_start
-    if step % training.ema_every:
-        return 1.0
-    if averaged < 0:
-        return 0.0
-    if training.ema_ramp == "rational":
-        return min(training.ema, (1 + averaged) / (10 + averaged))
-    if training.ema_ramp == "power":
-        return min(training.ema, 1 - (1 + averaged) ** (-2 / 3))
-    return training.ema if averaged else 0.0
 
 
 def _recipe(model: str | ModelConfig | Recipe) -> Recipe:
@@ -231,7 +204,8 @@ def _set_up(
         preparation=preparation,
         vectors="" if options.vectors is None else digest(options.vectors),
         versions=versions(),
-        device=resolve_device(options.device),
+        device=devices.resolve(options.device),
+        processes=devices.processes(),
     )
     return network, prepared, record
 
@@ -251,6 +225,13 @@ def _panel(first: Model, screen: Screen, options: Options) -> tuple[str, ...]:
     return panel
 
 
+def _open(folder: Path, split: Split, network: Model, record: Record) -> None:
+    """Write what a run folder has before training."""
+    split.write(folder / SPLIT)
+    write_spec(network.spec, folder)
+    record.write(folder)
+
+
 def _check_same(earlier: Record, record: Record, folder: Path, split: Split, screen: Screen) -> None:
     """Refuse to continue or to reuse a run that was asked for differently."""
     before, now = earlier.asked(), record.asked()
@@ -258,11 +239,12 @@ def _check_same(earlier: Record, record: Record, folder: Path, split: Split, scr
     if "screen" not in different and splits.read(folder / SPLIT, screen) != split:
         different.append("split")
     if different:
+        alike = f"processes x --train.accumulate = {before['batches']}, or "
         raise UserError(
             f"{folder} holds a run that differs from this one",
             offenders=different,
             expected="an empty folder, or the same command again to continue it",
-            mend="choose another --out, or remove the folder",
+            mend=alike * ("batches" in different) + "choose another --out, or remove the folder",
         )
 
 
@@ -279,10 +261,10 @@ def _optimize(  # noqa: PLR0913, PLR0917 - all that training depends on
     if not training.steps:
         return 0
     fabric = _fabric(folder, training, options)
-    state = _begin(network.to(fabric.device), folder, training)
+    module, average = devices.spread(fabric, network.to(fabric.device), average=bool(training.ema))
+    state = _begin(cast(Model, module.module), average, folder, training)
+    optimizer = cast(_FabricOptimizer, fabric.setup_optimizers(state.optimizer))
     journal = Journal(folder / LOG, state.step)
-    module, optimizer = fabric.setup(network, state.optimizer)
-    module.mark_forward_method("loss")
     objective = torch.compile(module.loss) if training.compile else module.loss
     sampler = _sampler(screen, network, split, training, fabric.device)
     validation = tuple(label for label in split.validation if len(screen.rows[label]) > 1)
@@ -296,54 +278,77 @@ def _optimize(  # noqa: PLR0913, PLR0917 - all that training depends on
     ):
         while watch.goes_on() and state.step < training.steps and not state.exhausted(training):
             # ---- one training step ------------------------------------------------------------
-            rng = _generator(training.seed, state.step, fabric.device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, training)
-            losses = objective(sampler.batch(state.step), rng)
-            fabric.backward(losses["total"])
+            losses = _differentiate(fabric, module, objective, sampler, state.step, training)
             if training.clip:
                 fabric.clip_gradients(module, optimizer, max_norm=training.clip, error_if_nonfinite=False)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if state.average is not None:
-                _follow(state.average, network, decay(state.step, training))
+                _follow(state.average, state.model, decay(state.step, training))
             state.step += 1
+            wish.number = devices.highest(wish.number)
             # -----------------------------------------------------------------------------------
             text = ""
             if _due(state.step, training.log_every) or state.step == training.steps:
-                values = {name: float(value.detach()) for name, value in losses.items()}
+                values = devices.mean(losses)
                 journal.write(state.step, lr=learning_rate(state.step - 1, training), **values)
                 fabric.log_dict(values, state.step)
                 text = f"loss {values['total']:.4f}"
             if _due(state.step, training.validate_every) and validation:
-                state.judge(score(state.predictor))
-                network.train()
+                state.judge(score(devices.whole_model(state.predictor, network)))
+                state.model.train()
                 journal.write(state.step, validation=state.score)
             if _due(state.step, training.checkpoint_every) or wish.number:
                 watch.timed("checkpoint", state.save)(folder / CHECKPOINT)
             advance(text)
             wish.heed(f"stopped at step {state.step} of {training.steps}")
     state.refuse_nonfinite(folder)
-    network.load_state_dict(state.best or state.predictor.state_dict())
+    network.load_state_dict(state.best or devices.whole(state.predictor.state_dict()))
     return state.step
 
 
-def _begin(network: Model, folder: Path, training: Training) -> State:
-    """Start anew, or where the folder's checkpoint says."""
-    average = copy.deepcopy(network).requires_grad_(requires_grad=False) if training.ema else None
-    state = State(network, average, _optimizer(network, training))
-    if state.resume(folder / CHECKPOINT):
-        log.info("Continuing %s at step %d of %d", folder, state.step, training.steps)
-    return state
-
-
 def _fabric(folder: Path, training: Training, options: Options) -> Fabric:
-    return Fabric(
-        accelerator=resolve_device(options.device),
-        devices=1,
-        precision="bf16-mixed" if training.precision == "bf16" else "32-true",
+    return devices.fabric(
+        devices.resolve(options.device),
+        strategy=options.strategy,
+        precision=training.precision,
         loggers=[TensorBoardLogger(folder, name="tensorboard", version="")] if options.tensorboard else [],
     )
+
+
+def _differentiate(
+    fabric: Fabric,
+    module: _FabricModule,
+    objective: Objective,
+    sampler: Sampler,
+    step: int,
+    training: Training,
+) -> list[Losses]:
+    """Leave the mean gradient of all batches of a step, and return the losses of this process's."""
+    losses: list[Losses] = []
+    for batch in devices.batches(training.accumulate):
+        seed = seed_of(training.seed, step, batch)
+        torch.manual_seed(seed)  # noqa: TID251 (dropout knows no other generator)
+        rng = torch.Generator(fabric.device).manual_seed(seed)
+        with fabric.no_backward_sync(module, enabled=len(losses) + 1 < training.accumulate):
+            with fabric.autocast():
+                losses.append(objective(sampler.batch(step, batch), rng))
+            fabric.backward(losses[-1]["total"] / training.accumulate)
+    return losses
+
+
+def _begin(network: Model, average: Model | None, folder: Path, training: Training) -> State:
+    """Start anew, or where the folder's checkpoint says."""
+    state = State(network, average, _optimizer(network, training))
+    if state.resume(folder / CHECKPOINT):
+        if devices.on_first(lambda: state.step) != state.step:
+            raise UserError(
+                f"{folder} is not the same for all processes", expected="a folder that all machines see"
+            )
+        log.info("Continuing %s at step %d of %d", folder, state.step, training.steps)
+    return state
 
 
 def _sampler(
@@ -366,13 +371,6 @@ def _sampler(
     for note in sampler.notes:
         log.info(note)
     return sampler
-
-
-def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Make the generator of a step, and seed the global one alike: dropout knows no other."""
-    words = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(words)  # noqa: TID251
-    return torch.Generator(device).manual_seed(words)
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from knockon import devices
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.dynamics.discrepancy import energy_distance
@@ -58,9 +59,10 @@ def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], traini
     """Mean energy distance between generated and real cells of validation conditions.
 
     Counts are compared as log1p of counts per 10,000. Of large conditions a part is drawn, always the same.
+    Processes share the conditions.
     """
     distances = []
-    for label in labels[:CONDITIONS]:
+    for label in devices.share(labels[:CONDITIONS]):
         ((drawn, _),) = draw(model, screen, [label], cells=training.validate_cells, seed=training.seed)
         rows = screen.rows[label]
         if len(rows) > MOST:
@@ -69,7 +71,8 @@ def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], traini
         if model.units == "counts":
             both = tuple(log1p_cp10k(x) for x in both)
         distances.append(float(energy_distance(both[0], both[1])))
-    return float(np.mean(distances))
+    distances = devices.joined_on_first(distances)
+    return devices.on_first(lambda: float(np.mean(distances)))
 
 
 @torch.no_grad()

@@ -48,6 +48,8 @@ def test_a_batch_depends_on_seed_and_step_only(screen):
     assert same(one.batch(7), sampler(screen).batch(7))
     assert not same(one.batch(7), one.batch(8))
     assert not same(one.batch(7), sampler(screen, seed=1).batch(7))
+    assert same(one.batch(7), one.batch(7, 0))
+    assert not same(one.batch(7), one.batch(7, 1))
 
 
 def test_cells_repeat_only_where_there_are_too_few(screen):

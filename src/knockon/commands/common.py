@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from knockon import devices
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen, read
 from knockon.evaluate.prediction import Reading
@@ -25,6 +26,11 @@ Flat = arg(name="")  # the fields of a group become options of the command, with
 
 class Command(ABC):
     """What every command is."""
+
+    @property
+    def patience(self) -> float | None:
+        """Minutes that processes under torchrun wait for each other; None where one must work alone."""
+        return None
 
     @abstractmethod
     def run(self) -> None:
@@ -113,10 +119,12 @@ def assignments(texts: Sequence[str], option: str) -> dict[str, str]:
 
 
 def show(table: Table) -> None:
-    """Print a table; into a pipe, as wide as it is."""
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    """Print a table, in the first process; into a pipe, as wide as it is."""
+    if devices.is_first():
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def say(line: str) -> None:
-    """Print a line as it is."""
-    Console(highlight=False).print(line, markup=False, soft_wrap=True)
+    """Print a line as it is, in the first process."""
+    if devices.is_first():
+        Console(highlight=False).print(line, markup=False, soft_wrap=True)

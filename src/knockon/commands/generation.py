@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 from tyro.conf import arg
 
+from knockon import devices
 from knockon.commands.common import (
     Command,
     Data,
@@ -76,8 +77,15 @@ class Predict(Command):
     """The screen, where it is not where it was in training."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    timeout: float = 30.0
+    """Minutes that processes under torchrun wait for each other before they take one for lost."""
     quiet: bool = False
     """Show no progress bar."""
+
+    @property
+    def patience(self) -> float | None:
+        """As it was asked for."""
+        return self.timeout
 
     def run(self) -> None:
         """Predict and write."""
@@ -89,9 +97,9 @@ class Predict(Command):
             )
         run = self.changes.apply(Run.load(self.folder, screen=self.data, device=self.device))
         labels = self._pairs(run) if self.all_pairs else run.resolve(self.part or listed(self.perturbations))
-        with bar("predicting", total=len(labels), quiet=self.quiet) as advance:
+        with bar("predicting", total=_own(len(labels)), quiet=self.quiet) as advance:
             predicted = run.predict(labels, cells=self.cells, seed=self.seed, advance=advance)
-        write_h5ad(predicted, self.out)
+        devices.on_first(lambda: write_h5ad(predicted, self.out))
         made = int((~predicted.obs["control"]).sum())
         say(f"{self.out}: {made:,} predicted cells, and {predicted.n_obs - made:,} control cells")
 
@@ -125,16 +133,23 @@ class Generate(Command):
     changes: Annotated[Changes, Flat] = Changes()
     device: str = "auto"
     """cpu, cuda or auto."""
+    timeout: float = 30.0
+    """Minutes that processes under torchrun wait for each other before they take one for lost."""
     quiet: bool = False
     """Show no progress bar."""
+
+    @property
+    def patience(self) -> float | None:
+        """As it was asked for."""
+        return self.timeout
 
     def run(self) -> None:
         """Generate and write."""
         given = assignments(self.conditions, "--conditions")
         run = self.changes.apply(trained(self.folder, device=self.device))
-        with bar("generating", total=-(-self.cells // CHUNK), quiet=self.quiet) as advance:
+        with bar("generating", total=_own(-(-self.cells // CHUNK)), quiet=self.quiet) as advance:
             made = run.generate(given, cells=self.cells, seed=self.seed, advance=advance)
-        write_h5ad(made, self.out)
+        devices.on_first(lambda: write_h5ad(made, self.out))
         of = ", ".join(f"{name} {value}" for name, value in made.uns["knockon"]["given"].items())
         say(f"{self.out}: {made.n_obs:,} cells of {of}")
 
@@ -204,3 +219,8 @@ class Embed(Command):
                 mend="say where it is with --trained-on, or leave out --score",
             )
         return Run.load(self.folder, screen=own, device=self.device)
+
+
+def _own(number: int) -> int:
+    """How many of so many things the first process does."""
+    return -(-number // devices.processes())

@@ -7,6 +7,7 @@ from dataclasses import replace
 import psutil
 import torch
 
+from knockon import devices
 from knockon.data.chunks import Sheet
 from knockon.data.screen import Screen
 from knockon.data.values import OnDisk
@@ -68,5 +69,5 @@ def settle(screen: Screen, memory: str | None = None, *, device: str = "cpu") ->
 
 
 def _free(device: str) -> int:
-    free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available // devices.neighbors()
     return min(free, torch.cuda.mem_get_info()[0]) if device.startswith("cuda") else free

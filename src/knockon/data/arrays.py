@@ -166,20 +166,15 @@ def _moments(block: sp.csr_matrix, codes: np.ndarray, *, second_log: bool) -> di
     values = block.data.astype(np.float64)
     if second_log:
         values = np.log1p(np.maximum(values, 0.0))
-    present, own = np.unique(codes, return_inverse=True)
-    sizes = np.bincount(own)[:, None]
-    member = sp.csr_matrix((np.ones(len(own)), (own, np.arange(len(own)))), (len(present), len(own)))
-
-    def summed(data: np.ndarray) -> np.ndarray:
-        each = sp.csr_matrix((data, block.indices, block.indptr), block.shape)
-        return sp.csr_matrix(member @ each).toarray()
-
-    mean = summed(values) / sizes
-    of_value = np.repeat(own, np.diff(block.indptr))
+    present, own, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    genes = block.get_shape()[1]
+    place, length = np.repeat(own * genes, np.diff(block.indptr)) + block.indices, len(present) * genes
+    count = np.repeat(sizes, genes)
+    mean = np.bincount(place, values, length) / count
     # about the mean, because the mean of squares less the squared mean loses digits
-    squares = summed(np.square(values - mean[of_value, block.indices]))
-    squares += (sizes - summed(np.ones(len(values)))) * np.square(mean)
-    found = zip(sizes.ravel().tolist(), mean, squares, strict=True)
+    squares = np.bincount(place, np.square(values - mean[place]), length)
+    squares += (count - np.bincount(place, minlength=length)) * np.square(mean)
+    found = zip(sizes.tolist(), mean.reshape(-1, genes), squares.reshape(-1, genes), strict=True)
     return {
         int(code): Moments(cells=n, mean=m, squares=s) for code, (n, m, s) in zip(present, found, strict=True)
     }

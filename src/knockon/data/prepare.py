@@ -14,6 +14,9 @@ from knockon.data.screen import Screen
 from knockon.data.values import OnDisk, log1p
 from knockon.types import Units, UserError
 
+FEW = 1 << 15
+"""Cells that may be in memory a second time: for so few, dask would take longer than the work."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
@@ -143,9 +146,12 @@ def _variable(train: Screen, total: float | None, count: int) -> set[str]:
     """Find the most variable genes of training cells, by scanpy's ``seurat`` flavor [satija2015]."""
     from scanpy.preprocessing import highly_variable_genes  # noqa: PLC0415 (some seconds, not always needed)
 
-    cells = arrays.cells(train.matrix, train.every)
-    if total is not None:
-        cells = cells.map_blocks(log1p, total, dtype=np.float32, meta=cells._meta)
+    every = train.every
+    if len(every) <= FEW:
+        cells = train.matrix[every] if total is None else log1p(train.matrix[every], total)
+    else:
+        cells = arrays.cells(train.matrix, every)
+        cells = cells if total is None else cells.map_blocks(log1p, total, dtype=np.float32, meta=cells._meta)
     chosen = AnnData(cells, var=pd.DataFrame(index=pd.Index(train.genes)))
     with arrays.engine(train.matrix):
         highly_variable_genes(chosen, n_top_genes=count, flavor="seurat")

@@ -27,7 +27,7 @@ from knockon.commands.generation import Embed, Generate, Predict
 from knockon.commands.prepare import Prepare
 from knockon.commands.rank import Rank
 from knockon.compare import compare, compare_all
-from knockon.data import inspect, simulate, splits
+from knockon.data import arrays, inspect, simulate, splits
 from knockon.data.conventions import Columns
 from knockon.data.h5ad import write_h5ad
 from knockon.evaluate import flags, scores, suites, tables
@@ -217,6 +217,8 @@ class Evaluate(Command):
     """Which metrics, by which conventions; several may be named."""
     seed: int = 0
     """Seed of the halves of the ceiling and of the baselines' cells."""
+    cluster: str | None = None
+    """Dask cluster that computes statistics of a store, such as tcp://10.0.0.1:8786; threads without it."""
     predicted: Annotated[Predicted, Flat] = Predicted()
     columns: Annotated[Columns, Flat] = Columns()
 
@@ -231,8 +233,9 @@ class Evaluate(Command):
         screen = read_screen(self.real, self.columns)
         found = read(self.pred, screen, self.predicted.reading)
         split = splits.make(self.split, screen) if self.split else found.split(screen)
-        pairs = Pairs.of(found, screen, split)
-        verdict = scores.judge(pairs, split, self.suite, seed=self.seed, out=self.out)
+        with arrays.computing(self.cluster):
+            pairs = Pairs.of(found, screen, split)
+            verdict = scores.judge(pairs, split, self.suite, seed=self.seed, out=self.out)
         _table(verdict.write(self.out) if self.out else verdict.summary)
         for line in flags.describe(verdict.flags) if verdict.flags is not None else ():
             say(f"flag {line}")

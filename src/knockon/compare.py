@@ -62,7 +62,7 @@ def compare(
             mend="choose another --out, or name them all",
         )
     with alone(folder):
-        ended = _done(trials, quiet=options.quiet)
+        ended = _done(trials, cluster=options.cluster, quiet=options.quiet)
     ended.refuse_failed()
     return ended.done[""]
 
@@ -106,7 +106,7 @@ def compare_all(
         own, name = dataclasses.replace(comparison, seed=seed), f"{split}-seed{seed}"
         trials[name] = _trial(folder / name, given, held_out[split], own, options)
     with alone(folder, *(trial.folder for trial in trials.values())):
-        ended = _done(trials, quiet=options.quiet)
+        ended = _done(trials, cluster=options.cluster, quiet=options.quiet)
         tables = {}
         for table in ("scores", "summary") if ended.done else ():
             parts = [
@@ -142,14 +142,14 @@ def _given(screen: Screen, comparison: Comparison, options: Options) -> Screen |
         raise UserError(
             "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(BASELINES)
         )
-    if comparison.jobs < 1 or (comparison.jobs > 1 and comparison.cluster):
+    if comparison.jobs < 1 or (comparison.jobs > 1 and options.cluster):
         raise UserError(
-            f"--jobs {comparison.jobs}" + (" with --cluster" if comparison.cluster else ""),
+            f"--jobs {comparison.jobs}" + (" with --cluster" if options.cluster else ""),
             expected="1 or more; without --cluster, whose workers do one job each",
         )
     suites.refuse_unfit(comparison.suite, screen)
     refuse_few(comparison.cells)
-    if comparison.cluster:
+    if options.cluster:
         return sent(screen, far=True)
     # values that have room are loaded here, for all processes
     return sent(settle(screen, options.memory), far=False) if comparison.jobs > 1 else screen
@@ -163,18 +163,18 @@ def _trial(
     options: Options,
     further: Mapping[str, Recipe] | None = None,
 ) -> Trial:
-    apart = comparison.jobs > 1 or comparison.cluster is not None
+    apart = comparison.jobs > 1 or options.cluster is not None
     return Trial(
-        folder=folder.absolute() if comparison.cluster else folder,
+        folder=folder.absolute() if options.cluster else folder,
         split=split,
         comparison=comparison,
         recipes=recipes(comparison, further),
         screen=screen,
-        options=dataclasses.replace(options, quiet=options.quiet or apart),
+        options=dataclasses.replace(options, cluster=None, quiet=options.quiet or apart),
     )
 
 
-def _done(trials: Mapping[str, Trial], *, quiet: bool) -> Ended[pd.DataFrame]:
+def _done(trials: Mapping[str, Trial], *, cluster: str | None, quiet: bool) -> Ended[pd.DataFrame]:
     """Train and predict all models of all trials, those first that answer for others; then score each trial.
 
     Returns
@@ -183,7 +183,7 @@ def _done(trials: Mapping[str, Trial], *, quiet: bool) -> Ended[pd.DataFrame]:
         The summary of each trial, and what failed of models and trials.
     """
     how = next(iter(trials.values())).comparison
-    do = partial(do_all, at_once=how.jobs, cluster=how.cluster, quiet=quiet)
+    do = partial(do_all, at_once=how.jobs, cluster=cluster, quiet=quiet)
     for trial in trials.values():
         _announce(trial.split)
     asked = {

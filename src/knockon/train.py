@@ -15,11 +15,12 @@ from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 
 from knockon import devices, models, transfer, validate
 from knockon.checkpoint import CHECKPOINT, Journal, State
-from knockon.data import prepare, splits
-from knockon.data.memory import settle
+from knockon.data import arrays, prepare, splits
+from knockon.data.memory import bytes_of, settle
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
+from knockon.data.values import OnDisk
 from knockon.data.vectors import read_vectors
 from knockon.embed import table
 from knockon.files import digest
@@ -61,6 +62,9 @@ class Options:
     average and optimizer (fsdp), for a model that does not fit otherwise."""
     timeout: float = 30.0
     """Minutes that processes under torchrun wait for each other before they take one for lost."""
+    cluster: str | None = None
+    """Dask cluster, such as tcp://10.0.0.1:8786, whose workers compute statistics of a store, and do the jobs
+    of a comparison; this machine without it. They must see the same folders."""
     tensorboard: bool = False
     """Log to ``tensorboard/`` in the run folder as well."""
     quiet: bool = True
@@ -123,7 +127,8 @@ def train(  # noqa: PLR0913 - each is one independent choice
         found, first = stored(stage)
         recipe = dataclasses.replace(recipe, model=recipe.model.after(found.config))
     screen = settle(screen, options.memory, device=devices.resolve(options.device))
-    network, prepared, record = _set_up(recipe, screen, split, options, first)
+    with arrays.computing(options.cluster, bytes_of(options.memory) if options.memory else None):
+        network, prepared, record = _set_up(recipe, screen, split, options, first)
     if start is not None:
         for note in transfer.adopt(network, Path(start), record, split):
             log.info(note)
@@ -355,7 +360,10 @@ def _sampler(
     screen: Screen, network: Model, split: Split, training: Training, device: torch.device
 ) -> Sampler:
     conditions = (*split.train, *screen.controls) if network.learns_controls else split.train
-    embedded = table(network, screen.select(conditions)) if network.learns_embedded else None
+    resident = network.learns_embedded and not isinstance(
+        screen.matrix, OnDisk
+    )  # else each batch is embedded
+    embedded = table(network, screen.select(conditions)) if resident else None
     sampler = Sampler(
         screen,
         network.spec,

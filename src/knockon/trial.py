@@ -54,9 +54,6 @@ class Comparison:
     model is left out."""
     jobs: int = 1
     """Models that are trained and predicted side by side, each in a process with its share of the threads."""
-    cluster: str | None = None
-    """Address of a dask scheduler, such as tcp://node:8786, whose workers do that instead; they must see the
-    same folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +195,8 @@ def _predict(run: Run, trial: Trial, name: str, screen: Screen, fallback: Path |
         log.warning("%s has no basis: %s answers for %d of %d conditions", *told)
     by = digest(fallback / RECORD) if lacking and fallback else ""
     marks = {"run": digest(run.folder / RECORD), "cells": comparison.cells, "fallback": by}
-    if path.exists():
-        if marks.items() <= about(read_h5ad(path).uns.get("knockon")).items():
-            return
+    if path.exists() and marks.items() <= about(read_h5ad(path).uns.get("knockon")).items():
+        return
     parts = [(run, [label for label in run.split.test if label not in set(lacking)])]
     began = time.monotonic()
     if lacking and fallback:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import dask.array as da
 import dask.config
 import numpy as np
+import psutil
 import scipy.sparse as sp
 from dask.base import compute
 from dask.delayed import delayed
@@ -30,6 +31,10 @@ SPAN = 8
 """Blocks that are merged where they are read, so that little is sent back and nothing waits for long."""
 THREADS = 4
 """Most threads that read where nothing else is asked for: more only wait for each other at the file."""
+PASSES = 4
+"""Copies of a dense block of float64 that statistics make at most."""
+ROOM = "knockon.room"
+"""Where dask's configuration says what memory there is for blocks."""
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -58,27 +63,24 @@ class Moments:
         return np.where(found > 1e-12 * np.maximum(1.0, np.abs(self.mean)), found, 0.0)
 
 
-def computing(cluster: str | None = None, threads: int | None = None) -> AbstractContextManager[object]:
-    """Say where statistics are computed in a ``with`` block.
+def computing(cluster: str | None = None, memory: int | None = None) -> AbstractContextManager[object]:
+    """Say where statistics of what is on disk are computed in a ``with`` block, and what they may take.
 
     Parameters
     ----------
     cluster
-        Address of the scheduler of a dask cluster, such as ``tcp://10.0.0.1:8786``, whose workers see the
+        Address of the scheduler of a dask cluster, such as ``tcp://10.0.0.1:8786``, whose workers find the
         files of screens by the same paths; None for threads of this process.
-    threads
-        So many blocks are in memory at once, which bounds it; None for one for each core, at most four.
+    memory
+        Bytes for the blocks that threads of this process work on; a quarter of what is free without it.
 
     Raises
     ------
     UserError
-        If the number is not positive, no cluster answers, or dask's extra for clusters is not installed.
+        If no cluster answers, or dask's package for clusters is not installed.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"{threads} threads", expected="1 or more", mend="set --threads")
     stack = ExitStack()
-    if threads is not None:
-        stack.enter_context(dask.config.set(num_workers=threads))
+    stack.enter_context(dask.config.set({ROOM: memory}))
     if cluster is not None:
         stack.enter_context(_client(cluster))
     return stack
@@ -144,11 +146,15 @@ def moments(matrix: Matrix, groups: Mapping[K, Rows], *, second_log: bool = Fals
     second_log
         Take ``log1p`` of the values first, whatever they are.
     """
-    rows = np.concatenate([np.zeros(0, dtype=np.int64), *groups.values()])
-    codes = np.repeat(np.arange(len(groups)), [len(some) for some in groups.values()])
-    order = np.argsort(rows, kind="stable")
+    if not groups:
+        return {}
+    rows = np.concatenate(list(groups.values()))
+    codes = np.repeat(np.arange(len(groups), dtype=np.int32), [len(some) for some in groups.values()])
+    if (rows[1:] < rows[:-1]).any():
+        order = np.argsort(rows, kind="stable")
+        rows, codes = rows[order], codes[order]
     function = functools.partial(_moments, second_log=second_log)
-    found = fold(function, _both, matrix, rows[order], codes[order])
+    found = fold(function, _both, matrix, rows, codes)
     return {key: found[code] for code, key in enumerate(groups) if code in found}
 
 
@@ -221,7 +227,7 @@ def _brief(rows: Rows) -> slice | Rows:
 def _computed(task: Any, matrix: OnDisk, spans: Iterator[tuple[Rows, np.ndarray | None]]) -> Iterator[Any]:
     """Compute tasks in their order, as many at a time as there are threads, so that no result waits."""
     with engine(matrix):
-        while some := list(itertools.islice(spans, _width())):
+        while some := list(itertools.islice(spans, _width(matrix))):
             yield from compute(*(task(*span) for span in some))
 
 
@@ -229,18 +235,21 @@ def engine(matrix: Matrix) -> AbstractContextManager[object]:
     """Let dask compute what is in memory here, and what is on disk on the cluster where there is one."""
     if isinstance(matrix, OnDisk) and _active():
         return nullcontext()
-    return dask.config.set(scheduler="threads", num_workers=threads())
+    return dask.config.set(scheduler="threads", num_workers=threads(matrix))
 
 
-def _width() -> int:
+def threads(matrix: Matrix) -> int:
+    """Threads of this process that work on blocks at a time: as many as have room for dense ones."""
+    asked = dask.config.get("num_workers", None)
+    room = dask.config.get(ROOM, None) or psutil.virtual_memory().available // 4
+    block = PASSES * 8 * expression.BLOCK * cast(tuple[int, int], matrix.shape)[1]
+    return asked or max(1, min(THREADS, CPU_COUNT, room // block))
+
+
+def _width(matrix: Matrix) -> int:
     """Spans that are computed at a time."""
     client = _active()
-    return max(1, sum(client.nthreads().values())) if client else threads()
-
-
-def threads() -> int:
-    """Threads of this process that statistics are computed on."""
-    return dask.config.get("num_workers", None) or min(THREADS, CPU_COUNT)
+    return max(1, sum(client.nthreads().values())) if client else threads(matrix)
 
 
 def _active() -> Any:

@@ -186,7 +186,7 @@ class Sheet:
     """
 
     def __init__(self, folder: Path, *, shape: tuple[int, int], values: int, sizes: Sizes) -> None:
-        self.shape, self.folder = shape, folder
+        self.shape, self.folder, self._sizes = shape, folder, sizes
         self._data = Chunked(folder=folder / "data", kind=np.dtype("<f4"), length=values, sizes=sizes)
         number = np.dtype(number_kind(values))
         self._indices = Chunked(folder=folder / "indices", kind=number, length=values, sizes=sizes)

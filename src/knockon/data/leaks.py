@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import UInt64
 
 from knockon.data.conventions import is_control_name
 from knockon.data.screen import Screen
@@ -93,27 +93,28 @@ def _heldout(split: Split) -> Iterator[Leak]:
 
 
 def _identical(held: Sequence[Label], known: Sequence[Label], screen: Screen) -> Iterator[Leak]:
-    """Cells with the same values on both sides; poor cells may be equal by chance and are left out."""
-    marks = [_marks(screen, label) for label in known]
-    every = np.concatenate([np.empty(0, np.uint64), *marks[::-1]])
-    owners = np.repeat(np.arange(len(known))[::-1], [len(some) for some in marks[::-1]])
-    distinct, first = np.unique(every, return_index=True)
-    for label in held:
-        own = _marks(screen, label)
-        shared = np.searchsorted(distinct, own[np.isin(own, distinct)])
-        for other, count in Counter(owners[first[shared]].tolist()).items():
+    """Cells with the same values on both sides; poor cells may be equal by chance and are left out.
+
+    A mark of each held-out cell is in memory, and those of one known condition at a time.
+    """
+    marks = [_marks(screen, label) for label in held]
+    distinct, places = np.unique(np.concatenate([np.zeros(0, np.uint64), *marks]), return_inverse=True)
+    owner = np.full(len(distinct), -1)
+    for number, label in enumerate(known):
+        owner[np.isin(distinct, _marks(screen, label))] = number
+    ends = np.cumsum([len(found) for found in marks])
+    for label, own in zip(held, np.split(owner[places], ends[:-1]), strict=True):
+        for number, count in Counter(own[own >= 0].tolist()).items():
             detail = f"{count} of {len(screen.rows[label])} cells have the very same values"
-            yield Leak(kind="identical cells", held=label, known=known[other], detail=detail)
+            yield Leak(kind="identical cells", held=label, known=known[number], detail=detail)
 
 
-def _marks(screen: Screen, label: Label) -> UInt[np.ndarray, "cells"]:
+def _marks(screen: Screen, label: Label) -> UInt64[np.ndarray, "_"]:
     """Find a number for each cell that expresses enough genes, equal where all its values are."""
-    if label not in screen.rows:
-        return np.empty(0, np.uint64)
+    marks = [np.zeros(0, np.uint64)]
     rng = np.random.default_rng(0)
     weights = rng.integers(2**63, size=len(screen.genes), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    marks = [np.empty(0, np.uint64)]
-    for block in blocks(screen.matrix, screen.rows[label]):
+    for block in blocks(screen.matrix, screen.rows[label]) if label in screen.rows else ():
         bits = block.data.view(np.uint32).astype(np.uint64) * weights[block.indices]
         sums = np.concatenate([[np.uint64(0)], np.cumsum(bits ^ (bits >> np.uint64(29)), dtype=np.uint64)])
         cells = sums[block.indptr[1:]] - sums[block.indptr[:-1]]

@@ -1,5 +1,6 @@
 """Preparation of a screen for a model: units and genes, fitted on training cells only."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -152,8 +153,10 @@ def _variable(train: Screen, total: float | None, count: int) -> set[str]:
     else:
         cells = arrays.cells(train.matrix, every)
         cells = cells if total is None else cells.map_blocks(log1p, total, dtype=np.float32, meta=cells._meta)
-    chosen = AnnData(cells, var=pd.DataFrame(index=pd.Index(train.genes)))
-    with arrays.engine(train.matrix):
+    nameless = pd.DataFrame(index=np.full(len(every), "", dtype=object))  # names would take much memory
+    with arrays.engine(train.matrix), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Observation names are not unique")
+        chosen = AnnData(cells, obs=nameless, var=pd.DataFrame(index=pd.Index(train.genes)))
         highly_variable_genes(chosen, n_top_genes=count, flavor="seurat")
     return set(chosen.var_names[chosen.var["highly_variable"]])
 

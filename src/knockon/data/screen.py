@@ -122,18 +122,23 @@ class Screen:
 
         Where its context has none, all control cells serve.
         """
-        matched = self.rows.get(label.control())
-        if matched is not None:
-            return matched
-        controls = [self.rows[control] for control in self.controls]
-        if not controls:
+        found = [self.rows[control] for control in self._matching(label)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def control_moments(self, label: Label) -> Moments:
+        """Moments of the same cells as ``control_rows`` gives."""
+        return self.pooled(self._matching(label))
+
+    def _matching(self, label: Label) -> tuple[Label, ...]:
+        found = (label.control(),) if label.control() in self.rows else self.controls
+        if not found:
             raise UserError("The screen has no control cells", mend="name them with --control")
-        return np.concatenate(controls)
+        return found
 
     @property
     def every(self) -> Int[np.ndarray, "cells"]:
         """Rows of all selected conditions, in the order of the file."""
-        return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *self.rows.values()]))
+        return np.sort(np.concatenate(list(self.rows.values())))
 
     @cached_property
     def moments(self) -> Mapping[Label, Moments]:

@@ -102,9 +102,9 @@ def _opened(place: Any, total: float | None, genes: np.ndarray | None) -> OnDisk
 
 
 @lru_cache(maxsize=4)
-def _element(file: str, name: str) -> Any:
+def _element(path: str, name: str) -> Any:
     """Open values once in a process, since every block of them travels there alone."""
-    store = zarr.open_group(file, mode="r") if Path(file).is_dir() else h5py.File(file, "r")
+    store = zarr.open_group(path, mode="r") if Path(path).is_dir() else h5py.File(path, "r")
     element: Any = store[name]
     return element if isinstance(element, h5py.Dataset | zarr.Array) else sparse_dataset(element)
 

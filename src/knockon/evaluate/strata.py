@@ -71,8 +71,8 @@ def effect_size(truth: Truth) -> Float[np.ndarray, "conditions"]:
     The noise of both means is taken out of its square, so that few cells do not look like an effect.
     """
     noise = np.array([_noise(cells) for cells in truth.cells])
-    of_control = {x: _noise(truth.population(x)) for x in {label.control() for label in truth.labels}}
-    noise += [of_control[label.control()] for label in truth.labels]
+    controls = [truth.screen.control_moments(label) for label in truth.labels]
+    noise += [float(np.square(found.std).sum() / found.cells) for found in controls]
     squares = np.square(truth.moments.mean - truth.control).sum(axis=1)
     return np.sqrt(np.maximum(squares - noise, 0.0))
 

@@ -14,7 +14,7 @@ from knockon.data import prepare
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.evaluate.differential import Context, Differences, differences
-from knockon.evaluate.populations import Moments, exact, mean, moments, sample
+from knockon.evaluate.populations import Moments, exact, moments, sample
 from knockon.evaluate.space import Space
 from knockon.types import CP10K, Label, Units, UserError
 
@@ -129,8 +129,8 @@ class Truth:
         test = _part(screen, split.test, "test")
         train = _part(screen, (*split.train, *split.validation), "training")
         source, units, screen = source or screen, screen.units, _in_log1p(screen, train)
-        means = {label: mean(_cells(screen, screen.rows[label])) for label in screen.conditions}
-        controls = {context: mean(_cells(screen, rows)) for context, rows in _controls(screen).items()}
+        means = screen.means()
+        controls = {label.covariates: screen.control_moments(label).mean for label in screen.conditions}
         centroids = _centroids({label: means[label] for label in train}, controls)
         own = np.array([screen.conditions.index(label) for label in test])
         rivals = np.array([[q.covariates == label.covariates for q in screen.conditions] for label in test])
@@ -203,11 +203,6 @@ def _cells(screen: Screen, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
 def _counted(source: Screen, screen: Screen, rows: Int[np.ndarray, "_"]) -> sp.csr_matrix:
     place = {gene: i for i, gene in enumerate(source.genes)}
     return _cells(source, rows)[:, [place[gene] for gene in screen.genes]]
-
-
-def _controls(screen: Screen) -> dict[Context, Int[np.ndarray, "cells"]]:
-    """Control cells of each context."""
-    return {label.covariates: screen.control_rows(label) for label in screen.conditions}
 
 
 def _centroids(

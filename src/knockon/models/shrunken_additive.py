@@ -73,9 +73,9 @@ class ShrunkenAdditive(MeanModel):
 
 def _noise(train: Screen, alone: Bool[Tensor, "rows"]) -> float:
     """Expect the squared length of the noise of measured effects, of all these conditions together."""
-    found, pooled = train.moments, train.pooled(train.controls)
+    found = train.moments
     some = [label for label, single in zip(train.conditions, alone.tolist(), strict=True) if single]
-    return sum(_doubt(found[label]) + _doubt(found.get(label.control(), pooled)) for label in some)
+    return sum(_doubt(found[label]) + _doubt(train.control_moments(label)) for label in some)
 
 
 def _doubt(found: Moments) -> float:

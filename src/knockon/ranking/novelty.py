@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from knockon.data.screen import Screen
-from knockon.evaluate.populations import exact, moments
 from knockon.types import Label
 
 
@@ -93,18 +92,8 @@ class Experience:
 def _largest(measured: Screen) -> float:
     """Length of the largest measured effect, without the part that the noise of its mean adds."""
     squares = [0.0]
-    controls = {}
     for label in measured.conditions:
-        rows = measured.control_rows(label)
-        if label.covariates not in controls:
-            controls[label.covariates] = _moments(measured, rows)
-        mean, noise = _moments(measured, measured.rows[label])
-        base, more = controls[label.covariates]
-        squares.append(float(np.square(mean - base).sum() - noise - more))
+        sides = measured.moments[label], measured.control_moments(label)
+        noise = sum(float(np.square(side.std).sum()) / side.cells for side in sides)
+        squares.append(float(np.square(sides[0].mean - sides[1].mean).sum()) - noise)
     return float(np.sqrt(max(squares)))
-
-
-def _moments(screen: Screen, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Mean of cells, and the expected squared length of its error; of one cell, as if it had none."""
-    found = moments([exact(screen.matrix[rows])])
-    return found.mean[0], float(np.nan_to_num(found.variance[0]).sum() / len(rows))

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import joblib
 from filelock import FileLock, Timeout
 
+from knockon.cluster import client
 from knockon.progress import bar
 from knockon.types import UserError
 
@@ -218,24 +219,12 @@ def _backend(cluster: str | None, at_once: int) -> Iterator[None]:
             warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
             yield
         return
-    try:
-        from distributed import Client  # noqa: PLC0415 (of an extra)
-    except ImportError as error:
-        raise UserError("--cluster needs dask.distributed", mend="pip install 'knockon[cluster]'") from error
-    try:
-        client: Any = Client(cluster, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"No dask scheduler answers at {cluster}",
-            expected="an address such as tcp://node:8786",
-            mend="start one with dask scheduler, and workers with dask worker ADDRESS --nthreads 1",
-        ) from error
-    with client:
-        if any(threads > 1 for threads in client.nthreads().values()):
+    with client(cluster, everywhere=False) as connected:
+        if any(threads > 1 for threads in connected.nthreads().values()):
             raise UserError(
                 f"Workers of {cluster} do several jobs in one process",
                 expected="workers of one thread, since training draws from a generator of its process",
                 mend="start them with dask worker ADDRESS --nthreads 1",
             )
-        with joblib.parallel_config("dask", client=client, n_jobs=-1):
+        with joblib.parallel_config("dask", client=connected, n_jobs=-1):
             yield

@@ -23,9 +23,9 @@ from dask.delayed import delayed
 from dask.system import CPU_COUNT
 from jaxtyping import Float, Int
 
+from knockon.cluster import client
 from knockon.data import values as expression
 from knockon.data.values import Matrix, OnDisk
-from knockon.types import UserError
 
 SPAN = 8
 """Blocks that are merged where they are read, so that little is sent back and nothing waits for long."""
@@ -82,7 +82,7 @@ def computing(cluster: str | None = None, memory: int | None = None) -> Abstract
     stack = ExitStack()
     stack.enter_context(dask.config.set({ROOM: memory}))
     if cluster is not None:
-        stack.enter_context(_client(cluster))
+        stack.enter_context(client(cluster, everywhere=True))
     return stack
 
 
@@ -259,22 +259,3 @@ def _active() -> Any:
         return None if distributed is None else distributed.default_client()
     except ValueError:
         return None
-
-
-def _client(address: str) -> Any:
-    try:
-        from distributed import Client  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise UserError(
-            "--cluster needs dask's package for clusters",
-            expected="the extra cluster",
-            mend="pip install 'knockon[cluster]'",
-        ) from error
-    try:
-        return Client(address, timeout=10)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"No dask cluster answers at {address} ({str(error).splitlines()[0]})",
-            expected="the address of a dask scheduler, such as tcp://10.0.0.1:8786",
-            mend="start one with: dask scheduler",
-        ) from error

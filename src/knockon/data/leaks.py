@@ -97,6 +97,8 @@ def _identical(held: Sequence[Label], known: Sequence[Label], screen: Screen) ->
 
     A mark of each held-out cell is in memory, and those of one known condition at a time.
     """
+    if not held:
+        return
     marks = [_marks(screen, label) for label in held]
     distinct, places = np.unique(np.concatenate([np.zeros(0, np.uint64), *marks]), return_inverse=True)
     owner = np.full(len(distinct), -1)

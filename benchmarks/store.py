@@ -8,23 +8,27 @@ linked to as often as it takes, under other names of their cells. Every stage ru
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import GIB, machine, peak_in_child, table
+from benchmarks.measure import GIB, in_turns, machine, peak_in_child, table
 from knockon import models
 from knockon.data import simulate
 from knockon.data.build import prepare
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.model import Recipe
+from knockon.run import Trained, trained
 from knockon.train import Options, train
+from knockon.types import CellSets
 
 PLATE = 100_000
 DISTINCT = 4
@@ -93,13 +97,12 @@ def train_model(job: Job, name: str) -> None:
     Sampler.batch = timed  # pyright: ignore[reportAttributeAccessIssue]
     recipe = models.recipe(name, "small")
     training = dataclasses.replace(recipe.train, steps=job.steps, validate_every=0)
-    out = job.folder / f"run_{name}_{job.cells}"
     began = time.perf_counter()
     train(
         Recipe(model=recipe.model, train=training),
         Screen.read(job.store),
         "additive",
-        out=out,
+        out=_run(job, name),
         options=Options(device="cpu", memory="0"),
     )
     rest = slice(len(asked) // 4, None)  # what the first steps take is not the rule
@@ -112,6 +115,46 @@ def train_model(job: Job, name: str) -> None:
     job.notes.write_text(json.dumps(found))
 
 
+def speed(jobs: Sequence[Job], name: str) -> list[list[str]]:
+    """Steps from the store of each job in turns, on weights of the first, without reading ahead."""
+    torch.set_num_threads(jobs[0].threads)
+    run = trained(_run(jobs[0], name))
+    turn = itertools.count()
+    makers = {job.cells: _sampler(run, job)._make for job in jobs}
+    model = run.model.train()
+
+    def read(cells: int) -> CellSets:
+        return makers[cells](next(turn), 0)
+
+    def step(cells: int) -> None:
+        losses = model.loss(read(cells), torch.Generator().manual_seed(0))
+        losses["total"].backward()
+
+    tasks = {(kind, job.cells): partial(kind, job.cells) for kind in (read, step) for job in jobs}
+    found = in_turns(tasks, repeats=jobs[0].steps, device=torch.device("cpu"))
+    medians = {key: statistics.median(sample.clock for sample in some) for key, some in found.items()}
+    first = medians[step, jobs[0].cells]
+    rows = []
+    for cells in (job.cells for job in jobs):
+        reading, whole = medians[read, cells], medians[step, cells]
+        rows.append(
+            [name, f"{cells:,}", f"{1e3 * reading:.1f}", f"{1e3 * whole:.0f}", f"{first / whole:.2f}"]
+        )
+    return rows
+
+
+def _sampler(run: Trained, job: Job) -> Sampler:
+    screen = run.prepared(Screen.read(job.store))
+    training = run.record.train
+    return Sampler(
+        screen, run.model.spec, conditions=screen.conditions, sets=training.sets, cells=training.cells, seed=0
+    )  # fmt: skip
+
+
+def _run(job: Job, name: str) -> Path:
+    return job.folder / f"run_{name}_{job.cells}"
+
+
 def measure(job: Job, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """One row about preparing, and one for each model."""
     paths = plates(job)
@@ -120,14 +163,14 @@ def measure(job: Job, names: Sequence[str]) -> tuple[list[str], list[list[str]]]
     disk = sum(path.stat().st_size for path in job.store.rglob("*") if path.is_file())
     numbers = f"{seconds:.0f}", f"{job.cells / seconds:,.0f}", f"{peak / GIB:.2f}", f"{disk / GIB:.2f}"
     prepared = [f"{job.cells:,}", *numbers]
-    trained = []
+    rows = []
     for name in names:
         peak = peak_in_child(train_model, job, name)
         found = json.loads(job.notes.read_text())
         memory = f"{peak / GIB:.3f}", "yes" if peak < LIMIT else "no"
         speed = f"{1 / found['step']:.2f}", f"{found['waiting']:.1%}", f"{found['fit']:.0f}"
-        trained.append([name, f"{job.cells:,}", *memory, *speed])
-    return prepared, trained
+        rows.append([name, f"{job.cells:,}", *memory, *speed])
+    return prepared, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
@@ -144,21 +187,24 @@ def main(arguments: Sequence[str] | None = None) -> str:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as aside:
         folder = options.folder or Path(aside)
-        prepared, trained = [], []
-        for cells in options.cells:
-            job = Job(cells, folder, options.steps, options.threads, options.memory)
-            one, several = measure(dataclasses.replace(job), options.models)
+        prepared, rows = [], []
+        jobs = [Job(n, folder, options.steps, options.threads, options.memory) for n in options.cells]
+        for job in jobs:
+            one, several = measure(job, options.models)
             prepared.append(one)
-            trained += several
+            rows += several
             print(one, *several, sep="\n", flush=True)
-    trained.sort(key=lambda row: options.models.index(row[0]))
-    trained_header = ["model", "cells", "peak memory (GiB)", f"under {LIMIT / GIB:.0f} GiB", "steps/s"]
+        steps = [line for name in options.models for line in speed(jobs, name)]
+    rows.sort(key=lambda row: options.models.index(row[0]))
+    header = ["model", "cells", "peak memory (GiB)", f"under {LIMIT / GIB:.0f} GiB", "steps/s"]
     text = "\n\n".join(
         (
             f"Simulated screens of the demo network (500 genes), the small recipes, {options.steps} steps, "
             f"values on disk, on a CPU ({machine(torch.device('cpu'))}).",
             table(["cells", "prepare (s)", "cells/s", "peak memory (GiB)", "store (GiB)"], prepared),
-            table([*trained_header, "waiting for cells", "until the first step (s)"], trained),
+            table([*header, "waiting for cells", "until the first step (s)"], rows),
+            "Batches of all stores in turns, on the same weights, in one process that reads nothing ahead:",
+            table(["model", "cells", "read (ms)", "read and step (ms)", "steps/s, to the first"], steps),
         )
     )
     print(text)

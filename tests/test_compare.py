@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from knockon import models
-from knockon.compare import Comparison, compare, recipes
+from knockon.compare import Comparison, compare, compare_all, recipes
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
 from knockon.evaluate.summary import BASELINES
@@ -142,3 +142,86 @@ def test_models_that_are_no_preset_stand_under_their_own_names(screen: Screen, t
     about = anndata.read_h5ad(tmp_path / "predictions" / "nearest-ten.h5ad").uns["knockon"]
     assert about["seconds"] > 0
     assert record.seconds > 0
+
+
+def test_jobs_that_nobody_could_do(screen: Screen, tmp_path: Path) -> None:
+    for asked in (Comparison(jobs=0), Comparison(jobs=2, cluster="tcp://node:8786")):
+        with pytest.raises(UserError, match=f"--jobs {asked.jobs}"):
+            compare(screen, splits.additive(screen), out=tmp_path, comparison=asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_comparison_does_not_replace_several_nor_they_one(screen: Screen, tmp_path: Path) -> None:
+    split = splits.additive(screen)
+    (tmp_path / "scores.csv").write_text("split,seed,model,condition,metric,value\n")
+    with pytest.raises(UserError, match="several splits or seeds"):
+        compare(screen, split, out=tmp_path, comparison=QUICK)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="one split and seed"):
+        compare_all(screen, {"additive": split}, (0, 1), out=tmp_path, comparison=QUICK)
+
+
+@pytest.mark.slow
+def test_a_model_that_fails_leaves_the_others_alone(screen: Screen, tmp_path: Path) -> None:
+    split, good = splits.additive(screen), models.recipe("latent_additive", "small")
+    asked = Comparison(models=("nearest",), cells=8, steps=20)
+    wild = {"wild": replace(good, train=replace(good.train, lr=1e30))}
+    with pytest.raises(UserError, match=r"Failed: wild \(Training diverged"):
+        compare(screen, split, out=tmp_path, comparison=asked, further=wild)
+    assert set(pd.read_csv(tmp_path / "scores.csv")["model"]) == {*BASELINES, "nearest", "ceiling"}
+    before = (tmp_path / "runs" / "nearest" / "weights.safetensors").stat().st_mtime_ns
+    summary = compare(screen, split, out=tmp_path, comparison=asked, further={"tame": good})
+    assert "tame" in set(summary["model"])
+    assert (tmp_path / "runs" / "nearest" / "weights.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_splits_and_seeds_have_folders_of_their_own_and_tables_together(
+    screen: Screen, folder: Path, tmp_path: Path
+) -> None:
+    held_out = {"additive": splits.additive(screen), "random": splits.random(screen)}
+    found = compare_all(screen, held_out, (0, 1), out=tmp_path, comparison=QUICK)
+    scores, summary = pd.read_csv(tmp_path / "scores.csv"), pd.read_csv(tmp_path / "summary.csv")
+    assert list(scores)[:3] == list(summary)[:3] == ["split", "seed", "model"]
+    alone = scores[(scores["split"] == "additive") & (scores["seed"] == 0)].drop(columns=["split", "seed"])
+    pd.testing.assert_frame_equal(
+        alone.reset_index(drop=True), pd.read_csv(folder / "scores.csv"), check_exact=True
+    )
+    assert (tmp_path / "random-seed1" / "about.json").exists()
+    both = summary[summary["split"] == "random"].groupby(["model", "metric"])["mean"].mean()
+    for line in found["random"].itertuples():
+        assert line.mean == pytest.approx(both[line.model, line.metric])
+    weights = sorted(tmp_path.glob("*/runs/*/weights.safetensors"))
+    before = [path.stat().st_mtime_ns for path in weights]
+    compare_all(screen, held_out, (0, 1), out=tmp_path, comparison=QUICK)
+    assert [path.stat().st_mtime_ns for path in weights] == before
+
+
+@pytest.mark.slow
+def test_models_side_by_side_have_the_same_scores_to_the_bit(
+    screen: Screen, folder: Path, tmp_path: Path
+) -> None:
+    asked = replace(QUICK, jobs=2)
+    compare(screen, splits.additive(screen), out=tmp_path, comparison=asked)
+    for name in ("scores", "summary", "paired", "strata", "flags"):
+        assert (tmp_path / f"{name}.csv").read_bytes() == (folder / f"{name}.csv").read_bytes()
+    for path in folder.glob("runs/*/weights.safetensors"):
+        assert (tmp_path / path.relative_to(folder)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the cluster's own end
+def test_a_cluster_has_the_same_scores_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    """Its workers read the screen from its file."""
+    distributed = pytest.importorskip("distributed")
+    simulate.simulate(simulate.tiny()).write_h5ad(tmp_path / "tiny.h5ad")
+    screen = Screen.read(tmp_path / "tiny.h5ad")
+    kind = {"dashboard_address": None, "processes": True}
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **kind) as cluster:
+        asked = replace(QUICK, cluster=cluster.scheduler_address)
+        compare(screen, splits.additive(screen), out=tmp_path / "out", comparison=asked)
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, **kind) as cluster:
+        asked = replace(QUICK, cluster=cluster.scheduler_address)
+        with pytest.raises(UserError, match="several jobs in one process"):
+            compare(screen, splits.additive(screen), out=tmp_path / "two", comparison=asked)

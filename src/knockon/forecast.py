@@ -12,14 +12,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from knockon.data.memory import written
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.model import Recipe
 from knockon.record import LOG
 from knockon.train import Options, train
 from knockon.watch import Stage, Stopwatch
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Forecast:
             ("disk", self.disk, self.free_disk, "choose another --out, or free some space"),
         )
         return tuple(
-            f"{name} does not suffice ({_size(wanted)} of {_size(there)}): {mend}"
+            f"{name} does not suffice ({written(wanted)} of {written(there)}): {mend}"
             for name, wanted, there, mend in wants
             if wanted > there
         )
@@ -81,10 +80,10 @@ class Forecast:
             f"checkpoints {_span(self.checkpoints)}",
         ]
         yield f"time: {_span(self.total)} ({', '.join(parts)})"
-        yield f"memory: {_size(self.memory)} at the peak, of {_size(self.free_memory)}"
+        yield f"memory: {written(self.memory)} at the peak, of {written(self.free_memory)}"
         if self.device_memory:
-            yield f"memory on the GPU: {_size(self.device_memory)} of {_size(self.free_device_memory)}"
-        yield f"disk: {_size(self.disk)} of {_size(self.free_disk)}"
+            yield f"memory on the GPU: {written(self.device_memory)} of {written(self.free_device_memory)}"
+        yield f"disk: {written(self.disk)} of {written(self.free_disk)}"
 
 
 LESS = "lower --train.cells, --train.sets or --genes, or choose a smaller --preset"
@@ -182,11 +181,6 @@ def _existing(path: Path) -> Path:
     """Find the folder that a path will lie in, as far as there is one."""
     path = path.absolute()
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _size(amount: float) -> str:
-    unit, name = (GIB, "GiB") if amount >= GIB / 10 else (2**20, "MiB")
-    return f"{amount / unit:.3g} {name}"
 
 
 def _span(seconds: float) -> str:

@@ -53,7 +53,7 @@ class Ended(Generic[T]):
             raise UserError(texts.pop())
         raise UserError(
             "Failed",
-            offenders=[f"{name} ({text})" for name, text in self.failed.items()],
+            offenders=[f"{name} ({text.rstrip('.')})" for name, text in self.failed.items()],
             mend="the others are kept; the same command does only what is missing",
         )
 

@@ -1,0 +1,77 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+from knockon.jobs import Ended, alone, do_all
+from knockon.predict import refuse_few
+from knockon.types import UserError
+
+
+def halve(number: int) -> int:
+    if number % 2:
+        raise UserError(f"{number} is odd")
+    return number // 2
+
+
+def test_a_job_that_fails_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="knockon"):
+        ended = do_all(halve, {"a": 4, "b": 3, "c": 8})
+    assert ended == Ended(done={"a": 2, "c": 4}, failed={"b": "3 is odd."})
+    assert "b failed. 3 is odd." in caplog.messages
+    with pytest.raises(UserError, match=r"Failed: b \(3 is odd\)\. .* the same command"):
+        ended.refuse_failed()
+
+
+def test_one_mistake_in_all_jobs_is_told_once() -> None:
+    with pytest.raises(UserError) as told:
+        do_all(halve, {"a": 3, "b": 3}).refuse_failed()
+    assert str(told.value) == "3 is odd."
+    do_all(halve, {"a": 2}).refuse_failed()
+
+
+def test_other_mistakes_are_no_jobs_end() -> None:
+    """An error that is the program's is not told as if it were the user's."""
+    with pytest.raises(TypeError):
+        do_all(halve, {"a": "text"})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_folder_belongs_to_one_command(tmp_path: Path) -> None:
+    with alone(tmp_path / "a", tmp_path / "b", tmp_path / "a"):
+        with pytest.raises(UserError, match=r"Another command is at work in .*b"), alone(tmp_path / "b"):
+            pass
+        with alone(tmp_path / "c"):
+            pass
+    with alone(tmp_path / "b"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write"), alone(tmp_path / "file" / "x"):
+        pass
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_none() -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(UserError, match=r"No dask scheduler answers at tcp://127\.0\.0\.1:9"):
+        do_all(halve, {"a": 2}, cluster="tcp://127.0.0.1:9")
+
+
+@pytest.mark.slow
+def test_processes_tell_what_was_said_in_them(caplog: pytest.LogCaptureFixture) -> None:
+    """Functions of this library, for processes cannot import the tests."""
+    with caplog.at_level("INFO", logger="knockon"):
+        ended = do_all(logging.getLogger("knockon").warning, {"a": "one", "b": "two"}, at_once=2)
+    assert ended.done == {"a": None, "b": None}
+    assert {"  one", "  two"} <= set(caplog.messages)
+    lines = [text for text in caplog.messages if not text.startswith("  ")]
+    assert sorted(line[:2] for line in lines) == ["a:", "b:"]
+
+
+@pytest.mark.slow
+def test_other_processes_fail_alone_too() -> None:
+    ended = do_all(refuse_few, {"some": 3, "none": 0}, at_once=2)
+    assert list(ended.done) == ["some"]
+    assert "0 cells per condition" in ended.failed["none"]

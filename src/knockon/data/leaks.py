@@ -103,7 +103,9 @@ def _identical(held: Sequence[Label], known: Sequence[Label], screen: Screen) ->
     distinct, places = np.unique(np.concatenate([np.zeros(0, np.uint64), *marks]), return_inverse=True)
     owner = np.full(len(distinct), -1)
     for number, label in enumerate(known):
-        owner[np.isin(distinct, _marks(screen, label))] = number
+        found = _marks(screen, label)
+        at = np.minimum(np.searchsorted(distinct, found), len(distinct) - 1)
+        owner[at[distinct[at] == found] if len(distinct) else []] = number
     ends = np.cumsum([len(found) for found in marks])
     for label, own in zip(held, np.split(owner[places], ends[:-1]), strict=True):
         for number, count in Counter(own[own >= 0].tolist()).items():

@@ -20,6 +20,7 @@ from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import exact, num_cells, num_distinct
 from knockon.evaluate.sides import ENOUGH, HALVINGS, Evidence, Side, Values, contexts, gather
 from knockon.evaluate.suites import ALL
+from knockon.evaluate.truth import Truth
 from knockon.types import Label
 
 Raised = tuple[str, float, float, str]
@@ -35,6 +36,9 @@ LEAST = 10
 """Genes without which nothing is said of their directions."""
 JUDGED = 0.6
 """Ratio between halves of the real cells below which these are too noisy to judge a prediction by."""
+
+SEARCHED = 2**18
+"""Training cells that are searched for copies at a time."""
 
 
 # ---- changes of the mean -----------------------------------------------------------------------------
@@ -278,25 +282,36 @@ def _copied_cells(evidence: Evidence) -> Iterator[Raised]:
     """
     truth, limit = evidence.truth, 0.05
     weights = np.random.default_rng(0).normal(size=(len(truth.screen.genes), 16))
-    rows = np.concatenate([truth.screen.rows[label] for label in truth.train])
-    tree = KDTree(np.concatenate([block @ weights for block in blocks(truth.screen.matrix, rows)]))
-    origin = np.repeat(np.arange(len(truth.train)), [len(truth.screen.rows[x]) for x in truth.train])
-
-    def twins(cells: sp.csr_matrix) -> Int[np.ndarray, "_"]:
-        marks = cells @ weights
-        near = 1e-4 * (float(np.median(np.linalg.norm(marks, axis=1))) + 1e-9)
-        distance, nearest = (np.asarray(found) for found in tree.query(marks, distance_upper_bound=near))
-        return origin[nearest[distance < near]]
-
-    for name, predicted, real in zip(evidence.names, evidence.pairs.cells, truth.cells, strict=True):
-        found, count = twins(predicted), num_cells(predicted)
-        usual = 2 * len(twins(real)) / num_cells(real)
+    marks = [cells @ weights for cells in (*evidence.pairs.cells, *truth.cells)]
+    near = [1e-4 * (float(np.median(np.linalg.norm(some, axis=1))) + 1e-9) for some in marks]
+    sources = _sources(truth, weights, marks, near)
+    sides = zip(evidence.names, sources[: len(truth.labels)], sources[len(truth.labels) :], strict=True)
+    for name, predicted, real in sides:
+        found, count = predicted[predicted >= 0], len(predicted)
+        usual = 2 * np.count_nonzero(real >= 0) / len(real)
         if len(found) > (limit + usual) * count:
             source = truth.train[np.bincount(found).argmax()]
             yield (
                 *(name, len(found) / count, limit + usual),
                 f"{len(found)} of {count} predicted cells are cells of the training data, mostly of {source}",
             )
+
+
+def _sources(
+    truth: Truth, weights: np.ndarray, marks: Sequence[np.ndarray], near: Sequence[float]
+) -> list[Int[np.ndarray, "_"]]:
+    """Training condition of the nearest training cell of each mark; -1 where none is near."""
+    rows = np.concatenate([truth.screen.rows[label] for label in truth.train])
+    origin = np.repeat(np.arange(len(truth.train)), [len(truth.screen.rows[x]) for x in truth.train])
+    every, within = np.concatenate(marks), np.repeat(near, [len(some) for some in marks])
+    source = np.full(len(every), -1)
+    for start in range(0, len(rows), SEARCHED):
+        some = blocks(truth.screen.matrix, rows[start : start + SEARCHED])
+        tree = KDTree(np.concatenate([block @ weights for block in some]))
+        distance, nearest = (np.asarray(x) for x in tree.query(every, distance_upper_bound=max(near)))
+        found = distance < within
+        source[found], within[found] = origin[start + nearest[found]], distance[found]
+    return np.split(source, np.cumsum([len(some) for some in marks])[:-1])
 
 
 def _copied_means(evidence: Evidence) -> Iterator[Raised]:

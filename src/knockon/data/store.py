@@ -1,5 +1,6 @@
 """The files that screens lie in: ``.h5ad`` and ``.zarr``, of which only what is needed is read."""
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,52 @@ def _open(path: Path) -> Any:
             "No such file", offenders=[path], expected="cells in .h5ad or .zarr", mend="check the path"
         )
     try:
-        return zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path, "r")
-    except (OSError, ValueError, KeyError) as error:
+        if path.is_dir():
+            _stay_inside(path)
+            return zarr.open_group(path, mode="r")
+        file = h5py.File(path, "r")
+        _refuse_links(file, path)
+    except UserError:
+        raise
+    except Exception as error:  # damage shows itself as an error of any kind
         raise _unreadable(path, error) from error
+    return file
+
+
+def _stay_inside(folder: Path) -> None:
+    """Refuse links that lead out of a folder: a stranger's store could name any file of this machine."""
+    root = folder.resolve()
+    for where, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(where, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise _leads_out(folder, path.relative_to(folder))
+
+
+def _refuse_links(file: h5py.File, path: Path) -> None:
+    """Refuse parts of an HDF5 file that lie in other files, for the same reason."""
+    seen, groups = set[h5py.Group](), [cast(h5py.Group, file["/"])]
+    while groups:
+        group = groups.pop()
+        for name in group:
+            link = group.get(name, getlink=True)
+            if isinstance(link, h5py.ExternalLink):
+                raise _leads_out(path, f"{group.name}/{name}")
+            found = group.get(name)
+            if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+                raise _leads_out(path, found.name)
+            if isinstance(found, h5py.Group) and found not in seen:
+                seen.add(found)
+                groups.append(found)
+
+
+def _leads_out(path: Path, part: object) -> UserError:
+    return UserError(
+        f"{path} leads out of it, to another file",
+        offenders=[part],
+        expected="all that belongs to it inside",
+        mend="ask for the whole file",
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

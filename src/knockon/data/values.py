@@ -52,20 +52,42 @@ class OnDisk:
 
     def __getitem__(self, rows: slice | Int[np.ndarray, "cells"]) -> sp.csr_matrix:
         if isinstance(rows, slice):
-            return self._prepared(compressed(self.data[rows]))
+            return self._prepared(self._read(rows))
         needed, places = np.unique(rows, return_inverse=True)
         return self._prepared(self._stored(needed))[places]
 
     def _stored(self, rows: Int[np.ndarray, "cells"]) -> sp.csr_matrix:
         """Rows in their order; where they lie close together, what is between them is read, too."""
         if not len(rows) or rows[-1] - rows[0] >= CLOSE * len(rows):
-            return compressed(self.data[rows])
+            return self._read(rows)
         parts = []
         for start in range(int(rows[0]), int(rows[-1]) + 1, BLOCK):
             some = rows[slice(*np.searchsorted(rows, [start, start + BLOCK]))] - start
             if len(some):
-                parts.append(compressed(self.data[start : start + int(some[-1]) + 1])[some])
+                parts.append(self._read(slice(start, start + int(some[-1]) + 1))[some])
         return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    def _read(self, rows: slice | Int[np.ndarray, "cells"]) -> sp.csr_matrix:
+        """Rows as they lie there.
+
+        Raises
+        ------
+        UserError
+            If the file is damaged.
+        """
+        try:
+            block = self.data[rows]
+            if sp.issparse(block):
+                block.check_format(full_check=True)  # else a damaged index reaches beyond the memory
+            return compressed(block)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # damage shows itself as an error of any kind
+            raise UserError(
+                f"Cannot read cells from {_place(self.data)[0]} ({error})",
+                expected="values as they were written",
+                mend="download or write the file again",
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process as the place of the values, where they are opened again."""

@@ -44,6 +44,7 @@ def test_a_dataclass_survives_json(tmp_path: Path) -> None:
         ({"names": "ab"}, "names"),
         ({"pair": [1.0]}, "pair"),
         ({"limit": True}, "limit"),
+        ({"pair": [1.0, 10**400]}, "pair"),
     ],
 )
 def test_an_edited_file_is_refused_by_name(change: dict, word: str) -> None:

@@ -176,7 +176,7 @@ def _plain(text: str) -> Any:
     """Take a text for what JSON does, where that is finite; else for itself."""
     try:
         value = json.loads(text.lower() if text in ("True", "False") else text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
     return text if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -208,7 +208,8 @@ def typed(hint: Any, value: Any, *, where: str) -> Any:
         _require(value in arguments, value, " or ".join(map(str, arguments)), where)
         found = value
     else:
-        found = float(value) if hint is float and type(value) is int else value
+        whole = hint is float and type(value) is int and abs(value) < 2**1023  # none larger is a float
+        found = float(value) if whole else value
         _require(type(found) is hint, value, str(getattr(hint, "__name__", hint)), where)
     return found
 

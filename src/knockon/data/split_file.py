@@ -15,7 +15,7 @@ import numpy as np
 
 from knockon.data.conventions import parse
 from knockon.data.screen import Screen
-from knockon.files import read_json, write_text
+from knockon.files import read_json, typed, write_text
 from knockon.types import Label, UserError
 
 Part = Literal["train", "validation", "test"]
@@ -93,7 +93,12 @@ def read(path: str | Path, screen: Screen) -> Split:
         return everything(screen)
     parts = {part: _resolve(value[part], screen, path) for part in get_args(Part) if part in value}
     _refuse_overlap(parts)
-    seed, test = int(value.get("seed", 42)), parts["test"]
+    where = str(path)
+    seed = typed(int, value.get("seed", 42), where=f"{where}, seed")
+    heldout = typed(tuple[str, ...], value.get("heldout", ()), where=f"{where}, heldout")
+    if seed < 0:
+        raise UserError(f"{where}, seed is {seed}", expected="0 or more")
+    test = parts["test"]
     validation = parts.get("validation")
     if validation is None:
         rest = parts.get("train", tuple(label for label in screen.conditions if label not in set(test)))
@@ -104,7 +109,7 @@ def read(path: str | Path, screen: Screen) -> Split:
         seed=seed,
         test=test,
         validation=validation,
-        heldout=[str(name) for name in value.get("heldout", ())],
+        heldout=heldout,
     )
     listed = parts.get("train", split.train)
     return replace(split, train=tuple(label for label in listed if label not in set(split.validation)))

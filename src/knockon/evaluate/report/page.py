@@ -4,7 +4,8 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module, resources
 from numbers import Integral, Real
 from pathlib import Path
@@ -45,24 +46,40 @@ def write(folder: str | Path, out: str | Path) -> None:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
-    data = payload(found, portrait.read(Path(folder)))
-    colors = panel.colors([*found.models, CEILING])
-    page = environment.from_string(_text("page.html")).render(
-        title=Path(folder).resolve().name,
-        found=found,
-        colors={name: f"--light:{color.light};--dark:{color.dark}" for name, color in colors.items()},
-        panels=[_panel(found, name) for name in found.metrics],
-        families=list(dict.fromkeys(map(found.family, found.metrics))),
-        simple=BASELINES,
-        strata=_strata(found.strata),
-        runs=[_card(run) for run in found.runs],
-        command=_command(found),
-        data=_embedded(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
-        style=_embedded(_text("page.css")),
-        script=_embedded(_text("page.js") + _text("plots.js")),
-        plotly=_embedded(plotly.get_plotlyjs()),
-    )
+    with _of(Path(folder)):
+        data = payload(found, portrait.read(Path(folder)))
+        colors = panel.colors([*found.models, CEILING])
+        page = environment.from_string(_text("page.html")).render(
+            title=Path(folder).resolve().name,
+            found=found,
+            colors={name: f"--light:{color.light};--dark:{color.dark}" for name, color in colors.items()},
+            panels=[_panel(found, name) for name in found.metrics],
+            families=list(dict.fromkeys(map(found.family, found.metrics))),
+            simple=BASELINES,
+            strata=_strata(found.strata),
+            runs=[_card(run) for run in found.runs],
+            command=_command(found),
+            data=_embedded(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
+            style=_embedded(_text("page.css")),
+            script=_embedded(_text("page.js") + _text("plots.js")),
+            plotly=_embedded(plotly.get_plotlyjs()),
+        )
     write_text(Path(out), page)
+
+
+@contextmanager
+def _of(folder: Path) -> Iterator[None]:
+    """Blame the files of a folder where they hold what nobody can draw, such as a text for a number."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # an error of any kind, also of the template
+        raise UserError(
+            f"No report can be made of what about.json, run.json and log.jsonl in {folder} say ({error})",
+            expected="what knockon compare or evaluate wrote",
+            mend="give that command again",
+        ) from error
 
 
 def picture(folder: str | Path, out: str | Path) -> None:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
-from zipfile import BadZipFile
 
 import numpy as np
 import scipy.sparse as sp
@@ -365,7 +364,7 @@ def _read(path: Path, kind: type[Kind]) -> Kind:
         with np.load(path, allow_pickle=False) as file:
             stored = dict(file)
         return kind(**{field.name: _value(stored, field.name) for field in fields(kind)})
-    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+    except Exception as error:  # damage shows itself as an error of any kind
         raise UserError(
             f"Cannot read {path} ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             expected="what knockon compare or evaluate wrote",

@@ -11,6 +11,8 @@ from knockon.commands.limits import explained
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:120] . DefaultCPUAllocator: can't allocate memory"),
         OSError(12, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        ImportError("_loss.so: failed to map segment from shared object"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -16,11 +16,8 @@ LESS = {
 }
 """What to lower where memory does not suffice, by command."""
 OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "std::bad_alloc",
-    "Unable to allocate",
+    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory"),
+    *("can't start new thread", "could not create a primitive", "failed to map segment"),
 )
 """How libraries say so whose errors have no type for it."""
 
@@ -51,4 +48,6 @@ def _is_memory(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError | ImportError) and any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )

@@ -54,6 +54,10 @@ COMMANDS = (
         "train perturbdiff --preset small --data {base}/screen.h5ad --out {out}/run " + TRAINING,
     ),
     Command(
+        "train from a store",
+        "train latent_additive --data {base}/store --out {out}/run " + TRAINING,
+    ),
+    Command(
         "predict", "predict {base}/run --part test --cells 64 --device cpu --quiet --out {out}/pred.h5ad"
     ),
     Command("rank", "rank {base}/run --all-pairs --cells 16 --device cpu --quiet --out {out}/rank.csv"),

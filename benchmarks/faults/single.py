@@ -32,7 +32,7 @@ def disk(base: Path, work: Path, _: argparse.Namespace) -> str:
         size = sum(path.stat().st_size for path in visible(whole))
         told, left, broken, same = Counter[str](), 0, 0, 0
         for share in SHARES:
-            with _Disk(work / "disk", int(share * size)) as small:
+            with _Disk(work / "disk", max(2 * PAGE, int(share * size))) as small:
                 ended = run(command.at(base, small.folder), work / "log", small.limit)
                 told[_verdict(ended, str(small.folder))] += 1
                 left += len(leftovers(small.folder))
@@ -182,16 +182,12 @@ def _is_broken(folder: Path) -> bool:
 
 
 class _Disk:
-    """A small file system in memory; a limit to the size of each file, where it would be too small for one.
-
-    The same where nobody may mount one.
-    """
+    """A small file system in memory; without the rights to mount one, a limit to the size of each file."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = _fresh(folder)
         options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        mount = ["mount", *options] if size > 2 * PAGE else ["false"]
-        self.mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        self.mounted = subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0
         self.limit: Callable[[], None] = (lambda: None) if self.mounted else limit_files(size)
 
     def grow(self) -> None:

@@ -1,7 +1,13 @@
+import signal
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from knockon.cli import main
 from knockon.commands.limits import explained
+from knockon.evaluate.report import page
+from knockon.interrupt import Ended
 
 
 @pytest.mark.parametrize(
@@ -34,3 +40,50 @@ def test_what_the_system_refuses_is_named() -> None:
 
 def test_an_error_of_the_program_stays_one() -> None:
     assert explained(RuntimeError("shapes do not match"), "train") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate"), "Memory is exhausted"),
+        (OSError(28, "No space left on device", "/x/log"), "No space left on device: /x/log"),
+        (ImportError("a.so: failed to map segment from shared object"), "Memory is exhausted"),
+    ],
+)
+def test_a_command_ends_in_one_message(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    monkeypatch.setattr(page, "write", raising(error))
+    assert words in refused("report", "folder", "--out", "page.html")
+
+
+def test_an_error_of_the_program_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "write", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["report", "folder", "--out", "page.html"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (Ended(signal.SIGTERM, "stopped at step 3 of 9"), 143)],
+)
+def test_an_end_that_was_asked_for_says_how_it_goes_on(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: KeyboardInterrupt,
+    status: int,
+) -> None:
+    monkeypatch.setattr(page, "write", raising(error))
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "folder", "--out", "page.html"])
+    assert ended.value.code == status
+    told = capsys.readouterr().err
+    assert "the same command continues" in told
+    assert ("step 3" in told) == (status == 143)
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail

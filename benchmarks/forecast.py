@@ -3,7 +3,7 @@
     python -m benchmarks.forecast [--models scdfm ripple] [--screens tiny demo] [--clock]
 
 Forecast and run have a fresh process each, one after the other. Ratios are forecast / run. Seconds are those
-of the processor, on one thread, since other work on the machine moves those on the clock; `--clock` for these.
+of the processor, on one thread: other work on the machine moves those on the clock, for which `--clock` asks.
 """
 
 import argparse

@@ -13,7 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import counts, curves, evaluation, memory, perturbdiff, pretraining, quality, scdfm, scldm
+from benchmarks import (
+    counts,
+    curves,
+    evaluation,
+    forecast,
+    memory,
+    perturbdiff,
+    pretraining,
+    quality,
+    scdfm,
+    scldm,
+)
 from benchmarks.measure import commit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -24,6 +35,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {
     "counts": counts.main,
     "evaluation": evaluation.main,
     "memory": memory.main,
+    "forecast": forecast.main,
     "curves": curves.main,
     "pretraining": pretraining.main,
     "quality": quality.main,

@@ -145,9 +145,10 @@ def test_models_that_are_no_preset_stand_under_their_own_names(screen: Screen, t
 
 
 def test_jobs_that_nobody_could_do(screen: Screen, tmp_path: Path) -> None:
-    for asked in (Comparison(jobs=0), Comparison(jobs=2, cluster="tcp://node:8786")):
-        with pytest.raises(UserError, match=f"--jobs {asked.jobs}"):
-            compare(screen, splits.additive(screen), out=tmp_path, comparison=asked)
+    for jobs, cluster in ((0, None), (2, "tcp://node:8786")):
+        asked, options = Comparison(jobs=jobs), Options(cluster=cluster)
+        with pytest.raises(UserError, match=f"--jobs {jobs}"):
+            compare(screen, splits.additive(screen), out=tmp_path, comparison=asked, options=options)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,10 +219,10 @@ def test_a_cluster_has_the_same_scores_to_the_bit(folder: Path, tmp_path: Path) 
     screen = Screen.read(tmp_path / "tiny.h5ad")
     kind = {"dashboard_address": None, "processes": True}
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **kind) as cluster:
-        asked = replace(QUICK, cluster=cluster.scheduler_address)
-        compare(screen, splits.additive(screen), out=tmp_path / "out", comparison=asked)
+        options = Options(cluster=cluster.scheduler_address)
+        compare(screen, splits.additive(screen), out=tmp_path / "out", comparison=QUICK, options=options)
     assert (tmp_path / "out" / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, **kind) as cluster:
-        asked = replace(QUICK, cluster=cluster.scheduler_address)
+        options = Options(cluster=cluster.scheduler_address)
         with pytest.raises(UserError, match="several jobs in one process"):
-            compare(screen, splits.additive(screen), out=tmp_path / "two", comparison=asked)
+            compare(screen, splits.additive(screen), out=tmp_path / "two", comparison=QUICK, options=options)

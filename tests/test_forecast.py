@@ -63,7 +63,7 @@ from knockon.model import Training, Recipe
 from knockon.train import train
 
 def short(training):
-    return replace(training, steps=60, validate_every=20, checkpoint_every=20, patience=0)
+    return replace(training, steps=24, validate_every=12, checkpoint_every=8, patience=0)
 
 recipe = models.recipe("{model}", "small")
 named = [f.name for f in fields(recipe.model) if isinstance(getattr(recipe.model, f.name), Training)]

@@ -9,7 +9,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -253,9 +253,16 @@ def _width(matrix: Matrix) -> int:
 
 
 def _active() -> Any:
-    """Find the client that is open; whoever opened one has imported its package."""
+    """Find the client that is open; whoever opened one has imported its package.
+
+    A worker's job has none: it would wait for workers that do such jobs themselves.
+    """
     distributed = sys.modules.get("distributed")
-    try:
-        return None if distributed is None else distributed.default_client()
-    except ValueError:
+    if distributed is None:
         return None
+    with suppress(ValueError):
+        distributed.get_worker()
+        return None
+    with suppress(ValueError):
+        return distributed.default_client()
+    return None

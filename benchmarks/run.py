@@ -24,6 +24,7 @@ from benchmarks import (
     quality,
     scdfm,
     scldm,
+    store,
 )
 from benchmarks.measure import commit
 
@@ -35,6 +36,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], str]] = {
     "counts": counts.main,
     "evaluation": evaluation.main,
     "memory": memory.main,
+    "store": store.main,
     "forecast": forecast.main,
     "curves": curves.main,
     "pretraining": pretraining.main,

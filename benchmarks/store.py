@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.measure import GIB, in_turns, machine, peak_in_child, table
 from knockon import models
-from knockon.data import simulate
+from knockon.data import simulate, splits
 from knockon.data.build import prepare
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.model import Recipe
-from knockon.run import Trained, trained
+from knockon.run import Run
 from knockon.train import Options, train
 from knockon.types import CellSets
 
@@ -116,12 +116,16 @@ def train_model(job: Job, name: str) -> None:
 
 
 def speed(jobs: Sequence[Job], name: str) -> list[list[str]]:
-    """Steps from the store of each job in turns, on weights of the first, without reading ahead."""
+    """Processor time of steps from the store of each job in turns, on weights of the first, without reading ahead.
+
+    Other work on the machine moves times on the clock more than the stores do.
+    """
     torch.set_num_threads(jobs[0].threads)
-    run = trained(_run(jobs[0], name))
+    run = Run.load(_run(jobs[0], name), screen=jobs[0].store)
     turn = itertools.count()
     makers = {job.cells: _sampler(run, job)._make for job in jobs}
     model = run.model.train()
+    model.fit_statistics(splits.training(run.split, run.screen))  # what only training needs is not kept
 
     def read(cells: int) -> CellSets:
         return makers[cells](next(turn), 0)
@@ -132,7 +136,7 @@ def speed(jobs: Sequence[Job], name: str) -> list[list[str]]:
 
     tasks = {(kind, job.cells): partial(kind, job.cells) for kind in (read, step) for job in jobs}
     found = in_turns(tasks, repeats=jobs[0].steps, device=torch.device("cpu"))
-    medians = {key: statistics.median(sample.clock for sample in some) for key, some in found.items()}
+    medians = {key: statistics.median(sample.processor for sample in some) for key, some in found.items()}
     first = medians[step, jobs[0].cells]
     rows = []
     for cells in (job.cells for job in jobs):
@@ -143,11 +147,11 @@ def speed(jobs: Sequence[Job], name: str) -> list[list[str]]:
     return rows
 
 
-def _sampler(run: Trained, job: Job) -> Sampler:
+def _sampler(run: Run, job: Job) -> Sampler:
     screen = run.prepared(Screen.read(job.store))
     training = run.record.train
     return Sampler(
-        screen, run.model.spec, conditions=screen.conditions, sets=training.sets, cells=training.cells, seed=0
+        screen, run.model.spec, conditions=run.split.train, sets=training.sets, cells=training.cells, seed=0
     )  # fmt: skip
 
 
@@ -203,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
             f"values on disk, on a CPU ({machine(torch.device('cpu'))}).",
             table(["cells", "prepare (s)", "cells/s", "peak memory (GiB)", "store (GiB)"], prepared),
             table([*header, "waiting for cells", "until the first step (s)"], rows),
-            "Batches of all stores in turns, on the same weights, in one process that reads nothing ahead:",
+            "Processor time of batches of all stores in turns, on the same weights, in one process that reads "
+            "nothing ahead:",
             table(["model", "cells", "read (ms)", "read and step (ms)", "steps/s, to the first"], steps),
         )
     )

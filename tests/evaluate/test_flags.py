@@ -204,6 +204,13 @@ def test_an_adversary_raises_its_flag(truth, name):
     assert found["message"].str.len().between(20, 200).all()
 
 
+def test_copies_are_found_some_training_cells_at_a_time(truth, monkeypatch):
+    pairs = ADVERSARIES["copies of cells"](halved(truth))
+    whole = flags.check(pairs)
+    monkeypatch.setattr(flags, "SEARCHED", 50)
+    pd.testing.assert_frame_equal(flags.check(pairs), whole)
+
+
 @pytest.mark.parametrize("name", ["never_off", "spikes", "drifted_controls", "over_dispersion", "scaled"])
 def test_an_adversary_raises_no_more_than_it_deserves(truth, name):
     expected = {"spikes": {"spikes", "scaled"}}.get(name, {name})

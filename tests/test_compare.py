@@ -8,6 +8,7 @@ import pytest
 from knockon import models
 from knockon.compare import Comparison, compare, compare_all, recipes
 from knockon.data import simulate, splits
+from knockon.data.build import prepare
 from knockon.data.screen import Screen
 from knockon.evaluate.summary import BASELINES
 from knockon.evaluate.tables import render
@@ -213,7 +214,7 @@ def test_models_side_by_side_have_the_same_scores_to_the_bit(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the cluster's own end
 def test_a_cluster_has_the_same_scores_to_the_bit(folder: Path, tmp_path: Path) -> None:
-    """Its workers read the screen from its file."""
+    """Its workers read the screen from its file, and find the statistics of what stays there themselves."""
     distributed = pytest.importorskip("distributed")
     simulate.simulate(simulate.tiny()).write_h5ad(tmp_path / "tiny.h5ad")
     screen = Screen.read(tmp_path / "tiny.h5ad")
@@ -221,7 +222,12 @@ def test_a_cluster_has_the_same_scores_to_the_bit(folder: Path, tmp_path: Path) 
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **kind) as cluster:
         options = Options(cluster=cluster.scheduler_address)
         compare(screen, splits.additive(screen), out=tmp_path / "out", comparison=QUICK, options=options)
-    assert (tmp_path / "out" / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
+        prepare([tmp_path / "tiny.h5ad"], tmp_path / "store")
+        store, options = Screen.read(tmp_path / "store"), replace(options, memory="1")
+        compare(store, splits.additive(store), out=tmp_path / "far", comparison=QUICK, options=options)
+    compare(store, splits.additive(store), out=tmp_path / "here", comparison=QUICK)
+    for one, other in ((tmp_path / "out", folder), (tmp_path / "far", tmp_path / "here")):
+        assert (one / "scores.csv").read_bytes() == (other / "scores.csv").read_bytes()
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, **kind) as cluster:
         options = Options(cluster=cluster.scheduler_address)
         with pytest.raises(UserError, match="several jobs in one process"):

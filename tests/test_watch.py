@@ -47,12 +47,12 @@ def train(stopwatch: Stopwatch, clock: Clock, *, step: float, validation: float 
 
 def test_what_was_measured_is_carried_over_to_the_whole(clock: Clock) -> None:
     stopwatch = Stopwatch()
-    done = train(stopwatch, clock, step=0.5)
+    done = train(stopwatch, clock, step=0.5, validation=2.0)
     (stage,) = stopwatch.stages
     assert done.steps == LEAST + 2  # the first two do not count
     assert stage.measured == pytest.approx(clock.now)
     assert stage.whole("step") == pytest.approx(1000 * 0.5 + 3)
-    assert stage.whole("validation") == pytest.approx(10 * 7)
+    assert stage.whole("validation") == pytest.approx(10 * 2)
     assert stage.whole("checkpoint") == pytest.approx(20 * 1)
 
 

@@ -17,9 +17,10 @@ T = TypeVar("T")
 Part = Literal["step", "validation", "checkpoint"]
 COLD = 2
 """Steps that come before the usual ones: what is compiled or made at the first use is in them."""
-VALIDATED, SAVED, LEAST = 5, 3, 8
+VALIDATED, SAVED, LEAST = 3, 4, 8
 """Steps after which a stopwatch sees a validation and a checkpoint, where any is due, and the fewest. There
-are two checkpoints where the training would have as many, since the one before the last is kept."""
+are two checkpoints where the training would have as many, since the one before the last is kept, and both
+come after a validation, whose best weights are in them."""
 BRIEF, ENOUGH = 4.0, 20.0
 """Seconds of steps, or of everything, after which a stopwatch has seen enough."""
 

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 
 from benchmarks.faults.commands import COMMANDS, TRAINING, Command, contents, leftovers, visible
 from benchmarks.faults.process import Child, Ended, finish, limit_files, limit_memory, run
+from knockon.checkpoint import CHECKPOINT, PREVIOUS
 
 SHARES = (0.05, 0.4, 0.9)
 """Of the space that a command needs, what there is."""
-MEBIBYTES = (2, 20, 60, 120)
+MEBIBYTES = (0, 5, 20, 60)
 """Address space beyond what the imports use."""
 PAGE = 4096
 """Bytes that a file system in memory hands out at least."""
@@ -112,14 +114,17 @@ def _checkpoint_bits(base: Path, work: Path, options: argparse.Namespace, train:
     for at in np.random.default_rng(options.seed).random(options.flips):
         out = _fresh(work / "out")
         child = Child.start(train.at(base, out), work / "log")
-        while len([*out.rglob("checkpoint/*.safetensors")]) < 2:
-            pass
+        while not [*out.rglob(PREVIOUS)]:
+            time.sleep(0.001)
+        time.sleep(0.05)  # until the last is in its place, too
         child.kill_after(0)
-        with _flipped(next(out.rglob("state.safetensors")), at):
+        with _flipped(next(out.rglob(CHECKPOINT.name)), at):
             ended = run(train.at(base, out), work / "log")
-        named = "state.safetensors" in ended.message and ended.status == 0
+        named = CHECKPOINT.name in ended.message and ended.status == 0
         same = contents(out, train.loose) == wanted
         told["named, continued from the one before, identical" if named and same else "DIFFERENT"] += 1
+        if not (named and same):
+            print(ended, flush=True)
     return "run/checkpoint/state.safetensors", train.name, _counted(told)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from knockon import devices, models
+from knockon.checkpoint import CHECKPOINT
 from knockon.cli import main
 from knockon.data import simulate, splits
 from knockon.data.sampler import Sampler
@@ -49,12 +50,10 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def started(*commands: list[str | Path]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start a process for each command, side by side, with nobody who watches over them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = str(len(commands))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": size}
+    """Start a process for each command, side by side, as torchrun does, but leave them to themselves."""
+    store, size = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), str(len(commands))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": size}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "knockon", *map(str, command)],
@@ -229,16 +228,21 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def until_logged(log: Path) -> None:
+    """Wait until some steps are done."""
+    end = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def lose(command: list[str | Path], fault: signal.Signals) -> None:
     """Send a signal to one of two processes in the midst of training."""
     log = Path(command[command.index("--out") + 1]) / LOG
     with started(command, command) as (survivor, lost):
-        end = time.monotonic() + 120
-        while not log.exists() or len(log.read_text().splitlines()) < 5:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        until_logged(log)
         lost.send_signal(fault)
-        _, said = survivor.communicate(timeout=60)
+        _, said = survivor.communicate(timeout=180)
     assert survivor.returncode == 2
     assert said.count("knockon: One of 2 processes ended or did not answer") == 1
     assert "Traceback" not in said
@@ -274,19 +278,30 @@ def test_a_run_continues_with_other_processes_on_as_many_batches(
 
 
 @pytest.mark.slow
+def test_an_end_that_one_process_is_asked_for_is_that_of_all(data: Path, tmp_path: Path) -> None:
+    command = training(data, tmp_path, "--train.steps", "100000")
+    with started(command, command) as processes:
+        until_logged(tmp_path / LOG)
+        processes[1].send_signal(signal.SIGTERM)
+        said = "".join(process.communicate(timeout=180)[1] for process in processes)
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
+    assert said.count("stopped at step") == said.count("continues where it left off") == 1
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.slow
 def test_a_mistake_ends_all_processes_with_one_message(data: Path, tmp_path: Path) -> None:
     mistakes = {
-        "No such file: nope.h5ad": training(Path("nope.h5ad"), tmp_path / "x"),
         "Unrecognized options: --nope": training(data, tmp_path / "x", "--nope"),
-        "runs in one process only": ["inspect", data],
+        "runs in one process only": training(data, tmp_path / "x", "--dry-run"),
     }
     for message, command in mistakes.items():
         ended = torchrun(*command)
         assert ended.returncode
         assert ended.stderr.count(message) == 1, ended.stderr
-    right, wrong = training(data, tmp_path / "x"), training(Path("nope.h5ad"), tmp_path / "x")
+    right, wrong = (training(x, tmp_path / "x", "--timeout", "1") for x in (data, Path("nope.h5ad")))
     for pair in ((right, wrong), (wrong, right)):
         with started(*pair) as processes:
-            said = [process.communicate(timeout=60)[1] for process in processes]
+            said = [process.communicate(timeout=180)[1] for process in processes]
         assert [process.returncode for process in processes] == [2, 2]
         assert "".join(said).count("knockon: ") == "".join(said).count("No such file: nope.h5ad") == 1, said

@@ -179,8 +179,8 @@ class Train(Command):
 
     @property
     def patience(self) -> float | None:
-        """As it was asked for."""
-        return self.options.timeout
+        """As it was asked for; what a run would take is measured in one process."""
+        return None if self.dry_run else self.options.timeout
 
     def run(self) -> None:
         """Train, or say what that would take."""

@@ -116,7 +116,7 @@ def train_model(job: Job, name: str) -> None:
 
 
 def speed(jobs: Sequence[Job], name: str) -> list[list[str]]:
-    """Processor time of steps from the store of each job in turns, on weights of the first, without reading ahead.
+    """Processor time of steps from each job's store in turns, on weights of the first, without reading ahead.
 
     Other work on the machine moves times on the clock more than the stores do.
     """
@@ -207,8 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
             f"values on disk, on a CPU ({machine(torch.device('cpu'))}).",
             table(["cells", "prepare (s)", "cells/s", "peak memory (GiB)", "store (GiB)"], prepared),
             table([*header, "waiting for cells", "until the first step (s)"], rows),
-            "Processor time of batches of all stores in turns, on the same weights, in one process that reads "
-            "nothing ahead:",
+            "Processor time of batches of all stores in turns, on the same weights, in one process that "
+            "reads nothing ahead:",
             table(["model", "cells", "read (ms)", "read and step (ms)", "steps/s, to the first"], steps),
         )
     )

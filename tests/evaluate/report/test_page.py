@@ -218,7 +218,7 @@ def test_the_command_makes_the_same_again(compared):
         models=("additive", "scdfm:small"), cells=16, steps=7, seed=3, suite=("core", "generation")
     )
     assert again.data == Path("a b.h5ad")
-    assert again.split == str(compared / "runs" / "additive" / "split.json")
+    assert again.split == (str(compared / "runs" / "additive" / "split.json"),)
     assert again.options.total == 5000
     assert again.columns.layer == "counts"
 

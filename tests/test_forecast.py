@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from knockon import models
 from knockon.cli import main
-from knockon.data import simulate, splits
-from knockon.data.screen import Screen
-from knockon.forecast import Forecast, forecast
+from knockon.data import simulate
+from knockon.forecast import Forecast
 
 SOME = Forecast(
     preparation=60.0, steps=7000.0, validation=140.0, checkpoints=0.0, each=0.7, memory=2 * 10**9,
@@ -36,14 +34,16 @@ def test_what_does_not_suffice_is_said_with_what_mends_it() -> None:
     assert len(list(tight.lines())) == 4
 
 
-def test_nothing_is_written_and_a_model_without_steps_is_fitted(tmp_path: Path) -> None:
-    screen = Screen.from_anndata(simulate.simulate(simulate.tiny()))
-    found = forecast(models.recipe("no_effect"), screen, splits.additive(screen), out=tmp_path / "a" / "run")
-    assert found.steps == found.each == 0
-    assert found.total == found.preparation > 0
-    assert 10_000 < found.disk < 1_000_000
-    assert found.memory > 10**8
-    assert not list(tmp_path.iterdir())
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model without steps, too, which is fitted."""
+    simulate.simulate(simulate.tiny()).write_h5ad(tmp_path / "tiny.h5ad")
+    out = tmp_path / "a" / "run"
+    main(["train", "no_effect", "--data", f"{tmp_path}/tiny.h5ad", "--out", str(out), "--dry-run"])
+    time, memory, disk = capsys.readouterr().out.splitlines()
+    assert "steps 0 s" in time
+    assert memory.startswith("memory: ")
+    assert " kB of " in disk
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.h5ad"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,10 @@ from pathlib import Path
 from knockon.cli import main
 
 
+PATIENCE = 120.0
+"""Seconds after which a command is taken to hang."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""
@@ -71,8 +75,9 @@ class Child:
 
 
 def run(arguments: Sequence[str], log: Path, before: Callable[[], None] = lambda: None) -> Ended:
-    """Run a command to its end."""
-    return Child.start(arguments, log, before).wait()
+    """Run a command to its end; one that has none is killed, and said to have ended so."""
+    hung = Ended(-signal.SIGKILL, "no end", PATIENCE)
+    return Child.start(arguments, log, before).kill_after(PATIENCE) or hung
 
 
 def finish(arguments: Sequence[str], log: Path) -> Ended:

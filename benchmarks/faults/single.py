@@ -17,7 +17,7 @@ from knockon.checkpoint import CHECKPOINT, PREVIOUS
 
 SHARES = (0.05, 0.4, 0.9)
 """Of the space that a command needs, what there is."""
-MEBIBYTES = (0, 5, 20, 60)
+MEBIBYTES = (1, 3, 10, 40)
 """Address space beyond what the imports use."""
 PAGE = 4096
 """Bytes that a file system in memory hands out at least."""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from knockon.cli import main
 
-
 PATIENCE = 120.0
 """Seconds after which a command is taken to hang."""
 

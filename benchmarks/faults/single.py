@@ -112,12 +112,7 @@ def _checkpoint_bits(base: Path, work: Path, options: argparse.Namespace, train:
     wanted = contents(_undisturbed(train, base, work), train.loose)
     told = Counter[str]()
     for at in np.random.default_rng(options.seed).random(options.flips):
-        out = _fresh(work / "out")
-        child = Child.start(train.at(base, out), work / "log")
-        while not [*out.rglob(PREVIOUS)]:
-            time.sleep(0.001)
-        time.sleep(0.05)  # until the last is in its place, too
-        child.kill_after(0)
+        out = _killed(train, base, work)
         with _flipped(next(out.rglob(CHECKPOINT.name)), at):
             ended = run(train.at(base, out), work / "log")
         named = CHECKPOINT.name in ended.message and ended.status == 0
@@ -126,6 +121,18 @@ def _checkpoint_bits(base: Path, work: Path, options: argparse.Namespace, train:
         if not (named and same):
             print(ended, flush=True)
     return "run/checkpoint/state.safetensors", train.name, _counted(told)
+
+
+def _killed(train: Command, base: Path, work: Path) -> Path:
+    """Kill training when there are two checkpoints; again, where the last was just being put in its place."""
+    while True:
+        out = _fresh(work / "out")
+        child = Child.start(train.at(base, out), work / "log")
+        while not [*out.rglob(PREVIOUS)]:
+            time.sleep(0.001)
+        child.kill_after(0)
+        if [*out.rglob(CHECKPOINT.name)]:
+            return out
 
 
 def other(base: Path, work: Path, _: argparse.Namespace) -> str:

@@ -30,7 +30,7 @@ def test_a_gene_reads_its_neighbors_and_nobody_else(genes):
     genes.connect(sp.csr_matrix(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=bool)))
     before = genes(torch.arange(4))
     with torch.no_grad():
-        genes.table.weight[2] += 1  # gene b
+        genes.table.weight[2] += torch.linspace(-1, 1, DIM)  # gene b; a constant would be normalized away
     changed = (genes(torch.arange(4)) != before).any(dim=1)
     assert changed.tolist() == [False, True, True, False]
 

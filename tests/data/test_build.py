@@ -188,6 +188,17 @@ def test_an_interrupted_store_is_continued_to_the_same_bytes(plain, tmp_path, mo
     assert content(folder) == expected
 
 
+def test_an_interruption_while_files_are_marked_is_continued(plain, tmp_path, monkeypatch):
+    folder = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Builder, "_checksums", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            ko.prepare([plain], folder, memory="60KB")
+    ko.prepare([plain], folder, memory="60KB")
+    ko.prepare([plain], tmp_path / "whole", memory="60KB")
+    assert content(folder) == content(tmp_path / "whole")
+
+
 def test_what_is_there_is_not_done_again(plain, tmp_path, monkeypatch):
     folder = tmp_path / "store"
     with monkeypatch.context() as patch:

@@ -277,7 +277,7 @@ class _Builder:
 
     def _write_values(self, runs: Sequence[_Run], ends: Int[np.ndarray, "cells_and_one"]) -> None:
         """Write all shards that are not there, in their order."""
-        root = zarr.open_group(self.folder, mode="a", zarr_format=3)
+        root = zarr.open_group(self.folder, mode="a", zarr_format=3, use_consolidated=False)
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         group = root.require_group("X")
         shape = [len(ends) - 1, len(self.joined.genes)]
@@ -306,7 +306,7 @@ class _Builder:
 
     def _write_tables(self, judged: Scale) -> None:
         """Write what is known of cells and genes, as anndata does."""
-        root = zarr.open_group(self.folder, mode="a", zarr_format=3)
+        root = zarr.open_group(self.folder, mode="a", zarr_format=3, use_consolidated=False)
         obs = self.joined.obs.iloc[self.order]
         obs.index = obs.index.astype(str)
         var = pd.DataFrame(index=pd.Index(self.joined.genes))

@@ -19,14 +19,6 @@ def test_a_first_signal_waits_and_a_second_does_not(number: int) -> None:
     assert signal.getsignal(number) == before
 
 
-def test_a_wish_is_heeded_where_it_suits() -> None:
-    with wishes() as wish:
-        wish.heed("nobody asked")
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Ended, match="step 3"):
-            wish.heed("stopped at step 3")
-
-
 def test_sigterm_ends_work() -> None:
     with pytest.raises(KeyboardInterrupt), ended_by_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)

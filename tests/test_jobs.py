@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_cluster_that_is_none() -> None:
     pytest.importorskip("distributed")
-    with pytest.raises(UserError, match=r"No dask scheduler answers at tcp://127\.0\.0\.1:9"):
+    with pytest.raises(UserError, match=r"No dask cluster answers at tcp://127\.0\.0\.1:9"):
         do_all(halve, {"a": 2}, cluster="tcp://127.0.0.1:9")
 
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import torch
 
-from knockon import models, validate
+from knockon import devices, models, validate
 from knockon.checkpoint import CHECKPOINT
 from knockon.cli import main
 from knockon.data import simulate, splits
@@ -148,6 +148,29 @@ def test_a_run_that_is_asked_to_end_loses_nothing(
     parts = train(asked, screen, split, out=tmp_path / "parts")
     assert next(count) == 6, "no step was done twice"
     assert digest(parts.folder / WEIGHTS) == digest(whole.folder / WEIGHTS)
+
+
+def test_who_asks_while_processes_agree_is_heard_at_the_next_step(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, highest = iter(range(100)), devices.highest
+
+    def agree(number: int) -> int:
+        found = highest(number)
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(devices, "highest", agree)
+    with pytest.raises(Ended, match="stopped at step 4 of 6"):
+        train(recipe(checkpoint_every=0), screen, split, out=tmp_path / "run")
+    assert (tmp_path / "run" / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("name", ["sets", "cells", "accumulate"])
+def test_batches_of_nothing_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"--train.{name} 0.*at least 1"):
+        recipe(**{name: 0})
 
 
 @pytest.mark.parametrize("at", [3, 6])

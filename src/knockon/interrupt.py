@@ -35,11 +35,6 @@ class Wish:
             raise Ended(number)
         self.number = number
 
-    def heed(self, note: str) -> None:
-        """End here, if that was asked for, and say how far it came."""
-        if self.number:
-            raise Ended(self.number, note)
-
 
 @contextmanager
 def wishes() -> Iterator[Wish]:

@@ -196,6 +196,12 @@ class Training:
     log_every: int = 10
     """Steps between lines of ``log.jsonl``."""
 
+    def __post_init__(self) -> None:
+        """Refuse batches of nothing."""
+        for name in ("sets", "cells", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--train.{name} {getattr(self, name)}", expected="at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ABC):

@@ -13,6 +13,7 @@ import torch
 
 from knockon import devices
 from knockon.data import conventions, prepare, splits
+from knockon.data.manifest import is_store
 from knockon.data.screen import Screen, read
 from knockon.data.splits import Part, Split
 from knockon.embed import annotated, refuse_without_embedding
@@ -310,4 +311,7 @@ def _read_screen(record: Record, folder: Path, told: str | Path | None) -> Scree
             f"The screen of the run in {folder} is not where it was ({record.source or 'made in memory'})",
             mend="say where it is with --data, or in Python with screen=",
         )
-    return read(path, record.columns)
+    columns = record.columns
+    if is_store(path):  # it was told once how its files are read
+        columns = conventions.Columns(layer=columns.layer, units=columns.units)
+    return read(path, columns)

@@ -24,7 +24,7 @@ from knockon.data.values import OnDisk
 from knockon.data.vectors import read_vectors
 from knockon.embed import table
 from knockon.files import digest
-from knockon.interrupt import wishes
+from knockon.interrupt import Ended, wishes
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training, model_class, name_of
 from knockon.predict import refuse_unknown
 from knockon.progress import bar
@@ -149,7 +149,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
         devices.on_first(lambda: _open(folder, split, network, record))
     if isinstance(stage, Recipe):
         log.info("the first stage is trained in %s", folder / STAGE_ONE)
-        stage = dataclasses.replace(stage, train=dataclasses.replace(stage.train, seed=recipe.train.seed))
+        stage = dataclasses.replace(stage, train=_alike(stage.train, recipe.train))
         earlier_stage = train(stage, screen, split, out=folder / STAGE_ONE, options=options, watch=watch)
         network.take(earlier_stage.model)
     steps = _optimize(network, prepared, split, folder, watch.begins(recipe.train), options, watch)
@@ -157,6 +157,11 @@ def train(  # noqa: PLR0913 - each is one independent choice
     record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
     record = devices.on_first(lambda: save_run(folder, network, record))
     return Run(folder=folder, model=network.eval(), record=record, split=split, screen=prepared)
+
+
+def _alike(stage: Training, training: Training) -> Training:
+    """Let an earlier stage share what belongs to the command and not to a model."""
+    return dataclasses.replace(stage, seed=training.seed, accumulate=training.accumulate)
 
 
 def _recipe(model: str | ModelConfig | Recipe) -> Recipe:
@@ -293,7 +298,7 @@ def _optimize(  # noqa: PLR0913, PLR0917 - all that training depends on
             if state.average is not None:
                 _follow(state.average, state.model, decay(state.step, training))
             state.step += 1
-            wish.number = devices.highest(wish.number)
+            asked = devices.highest(wish.number)  # decided once, so that all processes end at this step
             # -----------------------------------------------------------------------------------
             text = ""
             if _due(state.step, training.log_every) or state.step == training.steps:
@@ -305,10 +310,11 @@ def _optimize(  # noqa: PLR0913, PLR0917 - all that training depends on
                 state.judge(score(devices.whole_model(state.predictor, network)))
                 state.model.train()
                 journal.write(state.step, validation=state.score)
-            if _due(state.step, training.checkpoint_every) or wish.number:
+            if _due(state.step, training.checkpoint_every) or asked:
                 watch.timed("checkpoint", state.save)(folder / CHECKPOINT)
             advance(text)
-            wish.heed(f"stopped at step {state.step} of {training.steps}")
+            if asked:
+                raise Ended(asked, f"stopped at step {state.step} of {training.steps}")
     state.refuse_nonfinite(folder)
     network.load_state_dict(state.best or devices.whole(state.predictor.state_dict()))
     return state.step

@@ -79,4 +79,5 @@ def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], traini
 def _loss_on(model: Model, sampler: Sampler, rng: torch.Generator) -> float:
     """Mean loss on cells of validation conditions, with the same draws each time and without dropout."""
     model.eval()  # in training, models may take conditions for ones that training has
-    return float(np.mean([float(model.loss(sampler.batch(i), rng)["total"]) for i in range(BATCHES)]))
+    losses = [float(model.loss(sampler.batch(i), rng)["total"]) for i in range(BATCHES)]
+    return devices.on_first(lambda: float(np.mean(losses)))  # processes must not differ in the last bit

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,10 +85,27 @@ def test_values_travel_as_their_place(store):
     assert (again[3:9] != store.matrix.normalized(1e4)[3:9][:, :5]).nnz == 0
 
 
+def test_values_of_another_store_in_the_same_place_are_refused(made, tmp_path):
+    ko.prepare([made / "screen.h5ad"], tmp_path / "store")
+    text = pickle.dumps(Screen.read(tmp_path / "store").matrix)
+    assert pickle.loads(text).shape == (185, 40)
+    shutil.rmtree(tmp_path / "store")
+    ko.prepare([made / "screen.h5ad"], tmp_path / "store", seed=1)
+    with pytest.raises(UserError, match="prepared anew"):
+        pickle.loads(text)
+
+
+def test_prepared_values_stay_prepared_when_they_are_loaded(store):
+    ready = replace(store, matrix=store.matrix.normalized(1e4).panel(np.arange(5)), genes=store.genes[:5])
+    loaded = settle(ready, "1GB").matrix
+    assert isinstance(loaded, sp.csr_matrix)
+    np.testing.assert_array_equal(loaded.toarray(), ready.matrix[:].toarray())
+
+
 def test_little_is_held_for_each_cell(store):
     numbers = next(iter(store.rows.values())).base
     held = numbers.nbytes + store.matrix.data.ends.nbytes
-    assert held <= 24 * store.num_cells
+    assert held <= 8 * (store.num_cells + 1)
     assert all(rows.base is numbers for rows in store.rows.values())
     assert list(store.cells)[7] == store.cells[7] == store.cells[7:9][0]
 

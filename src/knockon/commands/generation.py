@@ -212,7 +212,7 @@ class Embed(Command):
         if screen.digest == run.record.screen and self.trained_on is None:
             return Run.load(self.folder, screen=screen, device=self.device)
         own = self.trained_on or Path(run.record.source)
-        if not (own.is_file() or own.suffix == ".zarr"):
+        if not (self.trained_on or run.record.source) or not own.exists():
             raise UserError(
                 "The screen that the run was trained on is not where it was, and --score needs its floor",
                 offenders=[run.record.source or "made in memory"],

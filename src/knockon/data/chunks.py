@@ -186,7 +186,7 @@ class Sheet:
     """
 
     def __init__(self, folder: Path, *, shape: tuple[int, int], values: int, sizes: Sizes) -> None:
-        self.shape, self.folder, self._sizes = shape, folder, sizes
+        self.shape, self.folder = shape, folder
         self._data = Chunked(folder=folder / "data", kind=np.dtype("<f4"), length=values, sizes=sizes)
         number = np.dtype(number_kind(values))
         self._indices = Chunked(folder=folder / "indices", kind=number, length=values, sizes=sizes)
@@ -196,8 +196,9 @@ class Sheet:
             raise damaged(pointers.folder, "rows that do not follow each other")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Travel to another process as the place of the values."""
-        return _sheet, (self.folder.resolve(), self.shape, self._data.length, self._data.sizes)
+        """Travel to another process as the place of the values, and when they were written."""
+        folder = self.folder.resolve()
+        return _sheet, (folder, self.shape, self._data.length, self._data.sizes, _written(folder))
 
     def __getitem__(self, rows: slice | Int[np.ndarray, "cells"]) -> sp.csr_matrix:
         if isinstance(rows, slice):
@@ -211,20 +212,34 @@ class Sheet:
             raise damaged(self.folder / "indices", "genes that are not there")  # nothing else guards memory
         return sp.csr_matrix((self._data.read(spans), indices, ends), (len(rows), self.shape[1]))
 
-    def whole(self) -> sp.csr_matrix:
-        """All rows, in memory."""
-        return sp.csr_matrix(self[:])
-
     @property
     def size(self) -> int:
         """Bytes that all values take in memory."""
         return (4 + self.ends.itemsize) * (self._data.length + len(self.ends))
 
 
+def _sheet(folder: Path, shape: tuple[int, int], values: int, sizes: Sizes, when: int) -> Sheet:
+    """Open values in a process that they travel to.
+
+    Raises
+    ------
+    UserError
+        If others lie there by now.
+    """
+    if _written(folder) != when:
+        raise UserError(f"{folder.parent} was prepared anew meanwhile", mend="give the command again")
+    return _opened(folder, shape, values, sizes, when)
+
+
 @lru_cache(maxsize=4)
-def _sheet(folder: Path, shape: tuple[int, int], values: int, sizes: Sizes) -> Sheet:
-    """Open values once in a process that they travel to."""
+def _opened(folder: Path, shape: tuple[int, int], values: int, sizes: Sizes, _: int) -> Sheet:
+    """Open values once, until they are written anew."""
     return Sheet(folder, shape=shape, values=values, sizes=sizes)
+
+
+def _written(folder: Path) -> int:
+    """When the values of a store were finished, in nanoseconds."""
+    return max(path.stat().st_mtime_ns for path in (folder / "indptr" / "c").iterdir())
 
 
 class Names(Sequence[str]):

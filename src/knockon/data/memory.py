@@ -65,7 +65,7 @@ def settle(screen: Screen, memory: str | None = None, *, device: str = "cpu") ->
     fits = sheet.size <= room
     where = "are loaded" if fits else "stay on disk and are read while the model works"
     log.info("%s of values %s (--memory %s)", written(sheet.size), where, memory or written(room))
-    return replace(screen, matrix=sheet.whole()) if fits else screen
+    return replace(screen, matrix=screen.matrix[:]) if fits else screen
 
 
 def _free(device: str) -> int:

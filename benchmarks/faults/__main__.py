@@ -40,7 +40,7 @@ def kills(base: Path, work: Path, options: argparse.Namespace) -> str:
 
 COUNTS = {
     "kills": "kills",
-    "asides": "of them while a file was written",
+    "asides": "after which a temporary file lay there",
     "finished": "times finished",
     "different": "different from undisturbed",
     "broken": "half-written files",

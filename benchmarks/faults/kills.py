@@ -23,7 +23,7 @@ class Toll:
     finished: int = 0
     """Times that it came to its end, and was compared."""
     asides: int = 0
-    """Kills that left a temporary file behind."""
+    """Kills after which a temporary file lay there, of this process or of one that was killed before."""
     different: int = 0
     left: int = 0
     """Temporary files that were still there in the end."""

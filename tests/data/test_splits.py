@@ -182,6 +182,10 @@ def test_a_file_without_context_means_every_context(tmp_path, contexts):
         ({"test": [{"cell": "P1"}]}, "without cells"),
         ({"test": ["P1"], "digest": "0123456789"}, r"another screen \(digest 01234567\).*knockon split"),
         ({"test": ["control"]}, "Too few conditions"),
+        ({"test": ["P1"], "valid": ["P2"]}, "unknown entries: valid"),
+        ({"test": ["P1"], "seed": "x"}, "seed is 'x'"),
+        ({"test": ["P1"], "seed": -1}, "seed is -1"),
+        ({"test": ["P1"], "heldout": True}, "heldout is True"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(tmp_path, screen, content, match):

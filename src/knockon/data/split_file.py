@@ -7,7 +7,7 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -88,6 +88,9 @@ def read(path: str | Path, screen: Screen) -> Split:
             offenders=list(value),
             expected='a JSON object such as {"test": ["A+B", "C"]}',
         )
+    known = [field.name for field in fields(Split)]
+    if strange := sorted(value.keys() - set(known)):  # of a misspelled part, nothing would be held out
+        raise UserError(f"{path} has unknown entries", offenders=strange, expected=", ".join(known))
     _same_screen(str(value.get("digest", "")), screen)
     if value.get("kind") == "none" and not value["test"]:
         return everything(screen)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pytest
 import scanpy as sc
@@ -239,6 +240,36 @@ def test_a_full_disk_is_said(plain, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"disk of .* is full.*same command again"):
             ko.prepare([plain], tmp_path / "store")
     assert by_name(ko.prepare([plain], tmp_path / "store")) == by_name(Screen.read(plain))
+
+
+def test_no_files_and_too_little_memory_are_refused(plain, tmp_path):
+    with pytest.raises(UserError, match="No files"):
+        ko.prepare([], tmp_path / "store")
+    for memory in ("0", "1kB"):
+        with pytest.raises(UserError, match=r"--memory is .*at least"):
+            ko.prepare([plain], tmp_path / "store", memory=memory)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_plate_without_cells_adds_none(plain, tmp_path):
+    adata(DOUBLES)[:0].copy().write_h5ad(tmp_path / "none.h5ad")
+    for paths in ([plain, tmp_path / "none.h5ad"], [tmp_path / "none.h5ad", plain]):
+        store = ko.prepare(paths, tmp_path / paths[0].stem, memory="60KB")
+        assert by_name(store) == by_name(Screen.read(plain))
+        assert (store.units, store.total) == ("counts", None)
+    with pytest.raises(UserError, match="No control cells"):
+        ko.prepare([tmp_path / "none.h5ad"], tmp_path / "store")
+
+
+def test_row_pointers_of_fewer_cells_are_refused(plain, tmp_path):
+    shutil.copy(plain, tmp_path / "cut.h5ad")
+    with h5py.File(tmp_path / "cut.h5ad", "r+") as file:
+        starts = file["X/indptr"][:-5]
+        del file["X/indptr"]
+        file["X/indptr"] = starts
+    for paths in ([tmp_path / "cut.h5ad"], [tmp_path / "cut.h5ad", plain]):
+        with pytest.raises(UserError, match=r"cut\.h5ad .*indptr is of 180 cells and its shape of 185"):
+            ko.prepare(paths, tmp_path / "store")
 
 
 @pytest.mark.parametrize("layout", ["csc"])

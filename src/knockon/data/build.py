@@ -9,7 +9,7 @@ import errno
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +37,8 @@ log = logging.getLogger("knockon")
 SIZES = Sizes()
 SHARE = 8
 """Part of the memory that one block of values takes: it is copied when it is read, sorted and written."""
+TOGETHER = 16
+"""Cells that a block must have room for, about: each block is a folder until all are written."""
 OTHER = 256
 """Bytes on disk for a cell besides its values, about."""
 
@@ -84,12 +86,13 @@ def prepare(  # noqa: PLR0913 - one for each option of the command line
     Raises
     ------
     UserError
-        If a file cannot be used or differs from the others, the folder holds something else, or the disk is
-        full; what is done by then is kept for the next call.
+        If a file cannot be used or differs from the others, the memory is too little to sort in, the folder
+        holds something else, or the disk is full; what is done by then is kept for the next call.
     """
     folder, paths = Path(out), [Path(path) for path in data]
     most = max(1, bytes_of(memory) // SHARE)
     joined = open_inputs(paths, columns, genes=genes, plate_key=plate_key)
+    _refuse_little(memory, joined)
     plan = Plan(
         inputs=tuple(marked(path) for path in paths),
         columns=joined.columns, genes=genes, plate_key=plate_key, seed=seed,
@@ -146,6 +149,16 @@ def _taken(folder: Path, what: str) -> UserError:
     return UserError(
         f"{folder} holds {what}", expected="an empty folder", mend="choose another --out, or remove it"
     )
+
+
+def _refuse_little(memory: str, joined: Joined) -> None:
+    needed = SHARE * TOGETHER * BYTES * joined.values // len(joined.obs)
+    if bytes_of(memory) < needed:
+        raise UserError(
+            f"--memory is {memory!r}",
+            expected=f"at least {written(needed)}, in which some cells of these files find room",
+            mend="leave it out, or give more",
+        )
 
 
 def _refuse_full(folder: Path, joined: Joined) -> None:
@@ -223,7 +236,7 @@ class _Builder:
 
     def _sort(self) -> tuple[list[_Run], Scale, float]:
         """Put sorted blocks of all files aside, and judge the values of each file."""
-        runs, scales, largest = [], [], 0.0
+        runs, scales, largest = [], dict[int, Scale](), 0.0
         planned = list(self.joined.blocks(self.most))
         offsets = np.cumsum([0, *(len(part.obs) for part in self.joined.parts)])
         surveys = [Survey() for _ in self.joined.parts]
@@ -234,12 +247,12 @@ class _Builder:
                     surveys[number].see(block)
                 runs.append(run)
                 if stop == len(self.joined.parts[number].obs):
-                    scales.append(self._judge(number, surveys[number]))
+                    scales[number] = self._judge(number, surveys[number])
                     largest = max(largest, surveys[number].largest)
                 advance(self.joined.paths[number].name)
         self._refuse_mixture(scales)
-        totals = {found.total for found in scales}
-        return runs, Scale(units=scales[0].units, total=totals.pop() if len(totals) == 1 else None), largest
+        units, totals = {found.units for found in scales.values()}, {found.total for found in scales.values()}
+        return runs, Scale(units=units.pop(), total=totals.pop() if len(totals) == 1 else None), largest
 
     def _judge(self, number: int, survey: Survey) -> Scale:
         try:
@@ -247,9 +260,9 @@ class _Builder:
         except UserError as error:
             raise UserError(f"{self.joined.paths[number]}: {error}".rstrip(".")) from error
 
-    def _refuse_mixture(self, scales: Sequence[Scale]) -> None:
-        if len({found.units for found in scales}) > 1:
-            named = zip(self.joined.paths, scales, strict=True)
+    def _refuse_mixture(self, scales: Mapping[int, Scale]) -> None:
+        if len({found.units for found in scales.values()}) > 1:
+            named = ((self.joined.paths[number], found) for number, found in scales.items())
             raise UserError(
                 "The files differ in their units",
                 offenders=[f"{path.name} ({found.units})" for path, found in named],

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -71,7 +72,7 @@ class Joined:
             weight = np.cumsum(_lengths(part) * (BYTES if _is_sparse(part) else 4 * BYTES))
             cuts = np.flatnonzero(np.diff(weight // max(1, most), prepend=0)).tolist()
             ends = sorted({*cuts, len(weight)} - {0})
-            yield from ((number, start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True))
+            yield from ((number, start, stop) for start, stop in pairwise([0, *ends]))
 
     def read(self, number: int, start: int, stop: int) -> sp.csr_matrix:
         """Values of some cells of a file, with the genes in the common order."""
@@ -92,9 +93,11 @@ def open_inputs(paths: Sequence[Path], columns: Columns, *, genes: Genes, plate_
     Raises
     ------
     UserError
-        If a file cannot be read, the files differ in genes or lack a column that is asked for, or what
-        was done to the cells is not clear.
+        If there is no file, one cannot be read, the files differ in genes or lack a column that is asked
+        for, or what was done to the cells is not clear.
     """
+    if not paths:
+        raise UserError("No files", expected="one or many .h5ad or .zarr", mend="name them: prepare DATA...")
     parts = tuple(load(path, layer=columns.layer, backed=True) for path in paths)
     for part in parts:
         refuse_duplicates(part.genes)

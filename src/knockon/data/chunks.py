@@ -166,7 +166,8 @@ def damaged(path: Path, reason: str) -> UserError:
     return UserError(
         f"{path} is damaged ({reason})",
         expected="the file that knockon prepare wrote",
-        mend="see what else is damaged with: knockon inspect STORE --verify; then copy or prepare it again",
+        mend="see what else is damaged with: knockon inspect STORE --verify; "
+        "then copy it again, or remove it and prepare it again",
     )
 
 

@@ -141,7 +141,7 @@ class Manifest:
             raise UserError(
                 f"{folder} is a store of format {plain.get('format')}",
                 expected=f"format {FORMAT}",
-                mend="prepare it again with this version of knockon",
+                mend="remove it and prepare it again with this version of knockon",
             )
         found = from_plain(cls, plain, where=str(path))
         found._refuse_disorder(path)

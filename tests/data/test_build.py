@@ -214,6 +214,26 @@ def test_what_is_there_is_not_done_again(plain, tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_what_was_damaged_since_is_done_again(plain, tmp_path, monkeypatch):
+    ko.prepare([plain], tmp_path / "whole", memory="60KB")
+    folder = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Builder, "_write_tables", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            ko.prepare([plain], folder, memory="60KB")
+    runs = sorted((folder / ASIDE / "runs").iterdir())
+    os.truncate(runs[0] / "starts", 11)
+    (runs[1] / "indices").write_bytes(bytes((runs[1] / "indices").stat().st_size))
+    (runs[2] / "sums.json").write_text("{")
+    os.truncate(folder / "X" / "data" / "c" / "1", 100)
+    os.truncate(folder / "X" / "indptr" / "c" / "0", 100)
+    values = bytearray((folder / "X" / "indices" / "c" / "2").read_bytes())
+    values[20] ^= 4
+    (folder / "X" / "indices" / "c" / "2").write_bytes(values)
+    ko.prepare([plain], folder, memory="60KB")
+    assert content(folder) == content(tmp_path / "whole")
+
+
 def test_a_finished_store_is_left_alone(plain, tmp_path):
     folder = tmp_path / "store"
     ko.prepare([plain], folder)

@@ -21,7 +21,7 @@ import zarr
 from anndata.io import write_elem
 from jaxtyping import Float, Int
 
-from knockon.data.chunks import NAMES, Sizes, codecs, create, number_kind
+from knockon.data.chunks import NAMES, Chunked, Sizes, codecs, create, number_kind
 from knockon.data.conventions import Columns
 from knockon.data.join import BYTES, Joined, marked, open_inputs
 from knockon.data.manifest import ASIDE, MANIFEST, Genes, Manifest, Plan, Spelling, Stretch
@@ -41,6 +41,8 @@ TOGETHER = 16
 """Cells that a block must have room for, about: each block is a folder until all are written."""
 OTHER = 256
 """Bytes on disk for a cell besides its values, about."""
+SUMS = "sums.json"
+"""Beside a sorted block: SHA-256 of its files."""
 
 
 def prepare(  # noqa: PLR0913 - one for each option of the command line
@@ -271,12 +273,13 @@ class _Builder:
             )
 
     def _run(self, block: tuple[int, int, int], offset: int) -> tuple[_Run, sp.csr_matrix]:
-        """Sort a block and put it aside, or take what lies there."""
+        """Sort a block and put it aside, or take what lies there as it was put."""
         number, start, stop = block
         folder = self.folder / ASIDE / "runs" / "-".join(map(str, block))
         targets = self.place[offset + start : offset + stop]
         order = np.argsort(targets)
-        if not folder.exists():
+        if not _fits(folder):
+            shutil.rmtree(folder, ignore_errors=True)
             found = self.joined.read(number, start, stop)[order]
             aside = folder.with_suffix(".partial")
             shutil.rmtree(aside, ignore_errors=True)
@@ -284,12 +287,13 @@ class _Builder:
             found.data.astype("<f4", copy=False).tofile(aside / "data")
             found.indices.astype("<i4", copy=False).tofile(aside / "indices")
             found.indptr.astype("<i8").tofile(aside / "starts")
+            write_json(aside / SUMS, {file.name: digest(file) for file in aside.iterdir()})
             aside.rename(folder)
         run = _Run(folder=folder, rows=targets[order], starts=np.fromfile(folder / "starts", "<i8"))
         return run, run.matrix(len(self.joined.genes))
 
     def _write_values(self, runs: Sequence[_Run], ends: Int[np.ndarray, "cells_and_one"]) -> None:
-        """Write all shards that are not there, in their order."""
+        """Write all shards that are not there, or damaged, in their order."""
         root = zarr.open_group(self.folder, mode="a", zarr_format=3, use_consolidated=False)
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         group = root.require_group("X")
@@ -299,22 +303,25 @@ class _Builder:
         number = number_kind(total)
         kinds = {"data": "<f4", "indices": number}
         arrays = {name: _array(group, name, total, kind) for name, kind in kinds.items()}
+        there = {
+            name: Chunked(folder=self.folder / "X" / name, kind=np.dtype(kind), length=total, sizes=SIZES)
+            for name, kind in kinds.items()
+        }
         together = max(1, self.most // (BYTES * size)) * size
         with bar("writing", total=-(-total // together), quiet=self.quiet) as advance:
             for start in range(0, total, together):
                 stop = min(total, start + together)
                 shards = [(a, min(a + size, stop)) for a in range(start, stop, size)]
                 missing = [
-                    (name, a, b)
-                    for name in arrays
-                    for a, b in shards
-                    if not (self.folder / "X" / name / "c" / str(a // size)).exists()
+                    (name, a, b) for name in arrays for a, b in shards if not _is_whole(there[name], a, b)
                 ]
                 if missing:
                     values = _merged(runs, ends, start, stop)
                     for name, a, b in missing:
+                        (there[name].folder / "c" / str(a // size)).unlink(missing_ok=True)  # zarr reads it
                         arrays[name][a:b] = values[name][a - start : b - start]
                 advance()
+        shutil.rmtree(self.folder / "X" / "indptr", ignore_errors=True)
         _array(group, "indptr", len(ends), number)[:] = ends
 
     def _write_tables(self, judged: Scale) -> None:
@@ -362,6 +369,24 @@ def _arranged(design: Design, seed: int) -> tuple[tuple[Stretch, ...], Int[np.nd
         for label, i in zip(labels, rank, strict=True)
     )
     return stretches, order
+
+
+def _fits(folder: Path) -> bool:
+    """Whether a sorted block is there as it was put aside."""
+    try:
+        sums = read_json(folder / SUMS)
+        return all(sums.get(name) == digest(folder / name) for name in ("data", "indices", "starts"))
+    except (OSError, UserError):
+        return False
+
+
+def _is_whole(array: Chunked, start: int, stop: int) -> bool:
+    """Whether values are there, and all checksums fit."""
+    try:
+        array.read(np.array([[start, stop]]))
+    except UserError:
+        return False
+    return True
 
 
 def _array(group: zarr.Group, name: str, length: int, kind: str) -> zarr.Array:

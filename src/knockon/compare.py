@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from knockon import models
-from knockon.data.memory import settle
+from knockon.data.room import settle
 from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from knockon.data.memory import written
+from knockon.data.memory import free_memory, written
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
 from knockon.model import Recipe
@@ -120,7 +120,7 @@ def forecast(  # noqa: PLR0913 - what train takes
         As ``train`` would.
     """
     began = time.monotonic() if began is None else began
-    free = _free_memory()
+    free = free_memory() + psutil.Process().memory_info().rss  # what it has already is part of the peak
     watch = Stopwatch()
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     if on_gpu:
@@ -152,16 +152,6 @@ def peak_memory() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _free_memory() -> int:
-    """Bytes that this process has and could have, within the limit of its control group."""
-    own = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available + own
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + own)
-    return free
 
 
 def _written(run: Path, stages: Sequence[Stage]) -> int:

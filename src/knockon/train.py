@@ -16,7 +16,8 @@ from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 from knockon import devices, models, transfer, validate
 from knockon.checkpoint import CHECKPOINT, Journal, State
 from knockon.data import arrays, prepare, splits
-from knockon.data.memory import bytes_of, settle
+from knockon.data.memory import bytes_of
+from knockon.data.room import settle
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.data.splits import Split

@@ -98,7 +98,7 @@ def watched(block, *, inside, most):
 def test_no_more_blocks_are_in_memory_than_there_is_room_for(both, small):
     _, there = both
     block = arrays.PASSES * 8 * 16 * 40
-    for room, threads in ((block, 1), (2 * block, 2)):
+    for room, threads in ((0, 1), (block, 1), (2 * block, 2)):
         inside, most = [], []
         function = partial(watched, inside=inside, most=most)
         with arrays.computing(memory=room):

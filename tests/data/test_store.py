@@ -19,7 +19,8 @@ from knockon.data.chunks import Sizes
 from knockon.data.conventions import Columns
 from knockon.data.leaks import audit
 from knockon.data.manifest import MANIFEST, _sum
-from knockon.data.memory import bytes_of, settle
+from knockon.data.memory import bytes_of
+from knockon.data.room import settle
 from knockon.data.sampler import WINDOW, Sampler
 from knockon.data.screen import Screen, read
 from knockon.data.values import OnDisk

@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 import dask.array as da
 import dask.config
 import numpy as np
-import psutil
 import scipy.sparse as sp
 from dask.base import compute
 from dask.delayed import delayed
@@ -25,6 +24,7 @@ from jaxtyping import Float, Int
 
 from knockon.cluster import client
 from knockon.data import values as expression
+from knockon.data.memory import free_memory
 from knockon.data.values import Matrix, OnDisk
 
 SPAN = 8
@@ -241,7 +241,8 @@ def engine(matrix: Matrix) -> AbstractContextManager[object]:
 def threads(matrix: Matrix) -> int:
     """Threads of this process that work on blocks at a time: as many as have room for dense ones."""
     asked = dask.config.get("num_workers", None)
-    room = dask.config.get(ROOM, None) or psutil.virtual_memory().available // 4
+    given = dask.config.get(ROOM, None)
+    room = free_memory() // 4 if given is None else given
     block = PASSES * 8 * expression.BLOCK * cast(tuple[int, int], matrix.shape)[1]
     return asked or max(1, min(THREADS, CPU_COUNT, room // block))
 

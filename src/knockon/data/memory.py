@@ -1,21 +1,22 @@
-"""How much memory there is, and what finds room in it."""
+"""How much memory there is, and how amounts of it are written."""
 
-import logging
 import re
-from dataclasses import replace
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 import psutil
-import torch
 
-from knockon import devices
-from knockon.data.chunks import Sheet
-from knockon.data.screen import Screen
-from knockon.data.values import OnDisk
 from knockon.types import UserError
 
-log = logging.getLogger("knockon")
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?i?)B?")
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Limit and use of a control group, and page cache in ``memory.stat``: of version 2, and of version 1."""
 
 
 def bytes_of(text: str, *, option: str = "--memory") -> int:
@@ -44,30 +45,33 @@ def written(amount: float) -> str:
     return f"{amount:,.3g} TB"
 
 
-def settle(screen: Screen, memory: str | None = None, *, device: str = "cpu") -> Screen:
-    """Load the values of a store where there is room for them; a larger one stays on disk.
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process could still have: the least of what the machine and its control groups leave.
 
-    What is trained does not depend on it: the same cells are drawn either way.
+    Page cache counts as free, for the system gives it up when memory is asked for; see ``memory.stat`` in
+    the kernel's documentation of both versions of control groups.
 
     Parameters
     ----------
-    screen
-        Any; one that is no store stays as it is.
-    memory
-        Room for the values, such as ``4GB``; by default a quarter of what is free now, on the device too.
-    device
-        Where they would go.
+    root
+        Where ``proc`` and ``sys`` lie.
     """
-    sheet = screen.matrix.data if isinstance(screen.matrix, OnDisk) else None
-    if not isinstance(sheet, Sheet):
-        return screen
-    room = _free(device) // 4 if memory is None else bytes_of(memory)
-    fits = sheet.size <= room
-    where = "are loaded" if fits else "stay on disk and are read while the model works"
-    log.info("%s of values %s (--memory %s)", written(sheet.size), where, memory or written(room))
-    return replace(screen, matrix=screen.matrix[:]) if fits else screen
+    return max(0, min(psutil.virtual_memory().available, *_left(root)))
 
 
-def _free(device: str) -> int:
-    free = psutil.virtual_memory().available // devices.neighbors()
-    return min(free, torch.cuda.mem_get_info()[0]) if device.startswith("cuda") else free
+def _left(root: Path) -> Iterator[int]:
+    """Yield what the control group of this process leaves, and each of those that it is part of."""
+    yield sys.maxsize
+    told = root / "proc" / "self" / "cgroup"
+    for line in told.read_text().splitlines() if told.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        limit, used, cache = FILES[bool(controllers)]
+        within = PurePosixPath(path.lstrip("/"))
+        for folder in (base / part for part in (within, *within.parents)):
+            with suppress(OSError, ValueError):  # no such folder from inside a container, or no limit
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                numbers = [int((folder / name).read_text()) for name in (limit, used)]
+                yield numbers[0] - numbers[1] + int(stat.get(cache, 0))

@@ -108,6 +108,26 @@ def test_no_more_blocks_are_in_memory_than_there_is_room_for(both, small):
         assert max(most) <= threads
 
 
+def test_results_take_room_too(both, small, monkeypatch):
+    """Of correlations each thread holds a table of genes x genes, and one more while it adds to it."""
+    _, there = both
+    monkeypatch.setattr(arrays, "CPU_COUNT", 8)
+    block, table = arrays.PASSES * 8 * 16 * 40, 8 * 40 * 40
+    inside, most = [], []
+    monkeypatch.setattr(graph, "_products", partial(among, graph._products, inside=inside, most=most))
+    for room, threads in ((4 * block, 1), (2 * block + 5 * table, 2), (9 * (block + table), 4)):
+        with arrays.computing(memory=room):
+            assert arrays.threads(there.matrix, table) == threads
+            most.clear()
+            graph.correlation(there.matrix, there.every)
+        assert 0 < max(most) <= threads
+
+
+def among(function, *blocks, inside, most, **options):
+    watched(*blocks, inside=inside, most=most)
+    return function(*blocks, **options)
+
+
 def test_values_travel_by_their_place(both):
     _, there = both
     ready = prepare.apply(there, prepare.Preparation(units="log1p", total=10.0, genes=there.genes[3:9]))

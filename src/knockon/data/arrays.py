@@ -104,6 +104,8 @@ def fold(
     matrix: Matrix,
     rows: Rows,
     beside: Int[np.ndarray, "cells"] | None = None,
+    *,
+    result: int = 0,
 ) -> T:
     """Merge what a function gives of each block of cells, in their order.
 
@@ -118,12 +120,14 @@ def fold(
         Of the cells; in the order of the file they are read fastest.
     beside
         A number for each of them.
+    result
+        Bytes of what the function gives, where these are many: fewer threads work then.
     """
     spans = _cut(SPAN * expression.BLOCK, rows, beside)
     task = functools.partial(_span, function, merge, matrix)
     if isinstance(matrix, sp.csr_matrix):
         return functools.reduce(merge, itertools.starmap(task, spans))
-    return functools.reduce(merge, _computed(delayed(task, pure=False), matrix, spans))
+    return functools.reduce(merge, _computed(delayed(task, pure=False), matrix, spans, result))
 
 
 def totals(matrix: Matrix, rows: Rows) -> Float[np.ndarray, "cells"]:
@@ -224,33 +228,38 @@ def _brief(rows: Rows) -> slice | Rows:
     return rows
 
 
-def _computed(task: Any, matrix: OnDisk, spans: Iterator[tuple[Rows, np.ndarray | None]]) -> Iterator[Any]:
+def _computed(
+    task: Any, matrix: OnDisk, spans: Iterator[tuple[Rows, np.ndarray | None]], result: int
+) -> Iterator[Any]:
     """Compute tasks in their order, as many at a time as there are threads, so that no result waits."""
-    with engine(matrix):
-        while some := list(itertools.islice(spans, _width(matrix))):
+    with engine(matrix, result):
+        while some := list(itertools.islice(spans, _width(matrix, result))):
             yield from compute(*(task(*span) for span in some))
 
 
-def engine(matrix: Matrix) -> AbstractContextManager[object]:
+def engine(matrix: Matrix, result: int = 0) -> AbstractContextManager[object]:
     """Let dask compute what is in memory here, and what is on disk on the cluster where there is one."""
     if isinstance(matrix, OnDisk) and _active():
         return nullcontext()
-    return dask.config.set(scheduler="threads", num_workers=threads(matrix))
+    return dask.config.set(scheduler="threads", num_workers=threads(matrix, result))
 
 
-def threads(matrix: Matrix) -> int:
-    """Threads of this process that work on blocks at a time: as many as have room for dense ones."""
+def threads(matrix: Matrix, result: int = 0) -> int:
+    """Threads of this process that work on blocks at a time: as many as have room for dense ones.
+
+    Each also holds a result and the one that is merged into it, in bytes; and there is one of all so far.
+    """
     asked = dask.config.get("num_workers", None)
     given = dask.config.get(ROOM, None)
     room = free_memory() // 4 if given is None else given
     block = PASSES * 8 * expression.BLOCK * cast(tuple[int, int], matrix.shape)[1]
-    return asked or max(1, min(THREADS, CPU_COUNT, room // block))
+    return asked or max(1, min(THREADS, CPU_COUNT, (room - result) // (block + 2 * result)))
 
 
-def _width(matrix: Matrix) -> int:
+def _width(matrix: Matrix, result: int) -> int:
     """Spans that are computed at a time."""
     client = _active()
-    return max(1, sum(client.nthreads().values())) if client else threads(matrix)
+    return max(1, sum(client.nthreads().values())) if client else threads(matrix, result)
 
 
 def _active() -> Any:

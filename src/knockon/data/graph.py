@@ -37,7 +37,7 @@ def correlation(
     mean, std = moments(matrix, rows, second_log=second_log)
     inverse = np.divide(1.0, std, out=np.zeros_like(std), where=std > 0)
     function = functools.partial(_products, mean=mean, inverse=inverse, second_log=second_log)
-    total = arrays.fold(function, operator.iadd, matrix, np.sort(rows))
+    total = arrays.fold(function, operator.iadd, matrix, np.sort(rows), result=8 * len(mean) ** 2)
     total /= max(1, len(rows) - 1)
     np.fill_diagonal(total, 1.0)
     return np.clip(total, -1.0, 1.0, out=total)

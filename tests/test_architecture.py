@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "knockon"
 FILES = sorted(SOURCE.rglob("*.py"))
 TIERS = (
-    {"types", "files", "devices", "interrupt", "progress", "cluster", "jobs"},
+    {"types", "files", "devices", "interrupt", "progress", "cluster", "limits", "jobs"},
     {"data", "dynamics", "nn"},
     {"model"},
     {"baseline"},

@@ -1,9 +1,10 @@
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
-from knockon.jobs import Ended, alone, do_all
+from knockon.jobs import Ended, _told, alone, do_all
 from knockon.predict import refuse_few
 from knockon.types import UserError
 
@@ -34,6 +35,35 @@ def test_other_mistakes_are_no_jobs_end() -> None:
     """An error that is the program's is not told as if it were the user's."""
     with pytest.raises(TypeError):
         do_all(halve, {"a": "text"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        do_all(failing, {"a": RuntimeError("shapes do not match")})
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 8 EiB"), r"Memory is exhausted \(Unable to allocate 8 EiB\)"),
+        (RuntimeError("CUDA out of memory. Tried to"), r"Memory is exhausted \(CUDA out of memory\)"),
+        (OSError(28, "No space left on device", "/x/log"), "No space left on device: /x/log"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_refuses_is_one_jobs_end(error: Exception, words: str) -> None:
+    """In this process and, as the other ones do it, in what a process tells."""
+    ended = do_all(failing, {"a": None, "b": error, "c": None})
+    assert ended.done == {"a": "done", "c": "done"}
+    assert re.search(words, ended.failed["b"])
+    with pytest.raises(UserError, match=words):
+        ended.refuse_failed()
+    report = _told(failing, "b", error, None)
+    assert report.failure == ended.failed["b"]
+    assert report.said == ((logging.ERROR, f"failed. {report.failure}"),)
+
+
+def failing(error: Exception | None) -> str:
+    if error is not None:
+        raise error
+    return "done"
 
 
 def test_a_folder_belongs_to_one_command(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from knockon import devices, models
-from knockon.commands import limits
+from knockon import devices, limits, models
 from knockon.commands.common import Command, Data, Flat, Folder, Predicted, read_screen, say, show
 from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
@@ -337,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+    except limits.ERRORS as error:
         explained = limits.explained(error, arguments[0])
         if explained is None:
             raise

@@ -15,6 +15,7 @@ import torch
 from knockon.data.memory import free_memory, written
 from knockon.data.screen import Screen
 from knockon.data.splits import Split
+from knockon.limits import LESS
 from knockon.model import Recipe
 from knockon.record import LOG
 from knockon.train import Options, train
@@ -60,9 +61,10 @@ class Forecast:
     @property
     def lacking(self) -> tuple[str, ...]:
         """What does not suffice, and what to do about it, one line each."""
+        less = f"lower {LESS['train']}"
         wants = (
-            ("memory", self.memory, self.free_memory, LESS),
-            ("memory on the GPU", self.device_memory, self.free_device_memory, f"{LESS}, or --device cpu"),
+            ("memory", self.memory, self.free_memory, less),
+            ("memory on the GPU", self.device_memory, self.free_device_memory, f"{less}, or --device cpu"),
             ("disk", self.disk, self.free_disk, "choose another --out, or free some space"),
         )
         return tuple(
@@ -84,9 +86,6 @@ class Forecast:
         if self.device_memory:
             yield f"memory on the GPU: {written(self.device_memory)} of {written(self.free_device_memory)}"
         yield f"disk: {written(self.disk)} of {written(self.free_disk)}"
-
-
-LESS = "lower --train.cells, --train.sets or --genes, or choose a smaller --preset"
 
 
 def forecast(  # noqa: PLR0913 - what train takes

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import joblib
 from filelock import FileLock, Timeout
 
+from knockon import limits
 from knockon.cluster import client
 from knockon.progress import bar
 from knockon.types import UserError
@@ -160,9 +161,9 @@ def _one_by_one(work: Callable[[J], T], jobs: Mapping[str, J]) -> Ended[T]:
         log.info("%s ...", name)
         try:
             done[name] = work(job)
-        except UserError as error:
-            failed[name] = str(error)
-            log.error("%s failed. %s", name, error)
+        except (UserError, *limits.ERRORS) as error:
+            failed[name] = _reason(error)
+            log.error("%s failed. %s", name, failed[name])
     return Ended(done=done, failed=failed)
 
 
@@ -178,15 +179,23 @@ def _told(work: Callable[[J], T], name: str, job: J, parent: int | None) -> _Rep
     began, value, failure = time.monotonic(), None, ""
     try:
         value = work(job)
-    except UserError as error:
-        failure = str(error)
-        said.append((logging.ERROR, f"failed. {error}"))
+    except (UserError, *limits.ERRORS) as error:
+        failure = _reason(error)
+        said.append((logging.ERROR, f"failed. {failure}"))
     finally:
         log.removeHandler(handler)
         log.propagate = True
     return _Report(
         name=name, value=value, failure=failure, said=tuple(said), seconds=time.monotonic() - began
     )
+
+
+def _reason(error: Exception) -> str:
+    """Say why a job failed, by the user's mistake or the machine's; one of the program ends them all."""
+    told = error if isinstance(error, UserError) else limits.explained(error, "compare")
+    if told is None:
+        raise error
+    return str(told)
 
 
 class _Keeping(logging.Handler):

@@ -4,10 +4,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from knockon.cli import main
-from knockon.commands.limits import explained
+from knockon.cli import COMMANDS, main
 from knockon.evaluate.report import page
 from knockon.interrupt import Ended
+from knockon.limits import LESS, explained
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,11 @@ from knockon.interrupt import Ended
 def test_exhausted_memory_says_what_to_lower(error: Exception) -> None:
     assert "--train.cells" in str(explained(error, "train"))
     assert "--train" not in str(explained(error, "report"))
+
+
+def test_every_command_that_reads_cells_says_what_to_lower() -> None:
+    assert set(COMMANDS) - set(LESS) == {"inspect", "split", "export", "report"}
+    assert set(LESS) <= set(COMMANDS)
 
 
 def test_what_torch_says_of_a_tensor_that_is_too_large_is_known() -> None:

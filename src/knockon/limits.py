@@ -7,14 +7,19 @@ import torch
 from knockon.types import UserError
 
 LESS = {
-    "train": "--train.sets, --train.cells, --train.validate-cells or --genes",
+    "prepare": "--memory",
+    "train": "--train.sets, --train.cells, --train.validate-cells or --genes, or choose a smaller --preset",
     "predict": "--cells",
     "generate": "--cells",
+    "embed": "the number of cells in DATA",
     "rank": "--cells or --draws",
-    "compare": "--cells or --genes, or the models one after the other",
+    "evaluate": "the number of predicted cells, or name fewer of --suite",
+    "compare": "--cells, --genes or --jobs, or name fewer of --models",
     "simulate": "--cells or --genes",
 }
 """What to lower where memory does not suffice, by command."""
+ERRORS = (MemoryError, OSError, RuntimeError, ImportError)
+"""Types of errors that can be the machine's."""
 OUT_OF_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory"),
     *("can't start new thread", "could not create a primitive", "failed to map segment"),

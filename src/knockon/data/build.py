@@ -253,8 +253,9 @@ class _Builder:
                     largest = max(largest, surveys[number].largest)
                 advance(self.joined.paths[number].name)
         self._refuse_mixture(scales)
-        units, totals = {found.units for found in scales.values()}, {found.total for found in scales.values()}
-        return runs, Scale(units=units.pop(), total=totals.pop() if len(totals) == 1 else None), largest
+        units = next(iter(scales.values())).units  # as in all others
+        totals = {found.total for found in scales.values()}
+        return runs, Scale(units=units, total=totals.pop() if len(totals) == 1 else None), largest
 
     def _judge(self, number: int, survey: Survey) -> Scale:
         try:

@@ -223,8 +223,20 @@ def test_a_flipped_bit_in_a_name_is_found(copy):
         list(screen.cells)
 
 
+def lie(folder, **change):
+    """Change the manifest of a store, with a checksum that fits."""
+    plain = {**json.loads((folder / MANIFEST).read_text())["manifest"], **change}
+    text = json.dumps(plain, indent=1)
+    (folder / MANIFEST).write_text(json.dumps({"sha256": _sum(text), "manifest": plain}))
+
+
 def test_a_manifest_that_lies_is_refused(copy):
     value = json.loads((copy / MANIFEST).read_text())["manifest"]
+    last = max(range(len(value["stretches"])), key=lambda i: value["stretches"][i]["stop"])
+    enlarged = [
+        [{**one, "stop": stop} if i == last else one for i, one in enumerate(value["stretches"])]
+        for stop in (10**30, 2**62, 2**47, 186, 100_000)
+    ]
     for change in (
         {"files": {"../../etc/passwd": ""}},
         {"stretches": value["stretches"][1:]},
@@ -233,12 +245,40 @@ def test_a_manifest_that_lies_is_refused(copy):
         {"sizes": {"chunk": 0, "shard": 1}},
         {"genes": value["genes"][:-1]},
         {"values": value["values"] - 1},
+        {"values": -1},
+        {"values": 10**400},
+        {"genes": value["genes"][:-1] + value["genes"][:1]},
+        *({"stretches": stretches} for stretches in enlarged),
     ):
-        plain = {**value, **change}
-        text = json.dumps(plain, indent=1)
-        (copy / MANIFEST).write_text(json.dumps({"sha256": _sum(text), "manifest": plain}))
+        lie(copy, **{**value, **change})
         with pytest.raises(UserError):
             Screen.read(copy).matrix[:]
+        inspect.inspect(copy)
+    lie(copy, **{**value, "genes": value["genes"][:-1] + value["genes"][:1]})
+    assert "Duplicate genes" in inspect.inspect(copy).faults[0].text
+    lie(copy, **{**value, "stretches": enlarged[1]})
+    assert "knockon.json is damaged" in inspect.inspect(copy).faults[0].text
+    lie(copy, **{**value, "files": {"a\0b": ""}})
+    assert "cannot be read" in inspect.verify(copy).faults[0].text
+
+
+@pytest.mark.parametrize("name", ["X", "obs/_index/c/0", MANIFEST])
+def test_a_link_out_of_a_store_is_not_followed(copy, name):
+    (copy / name).rename(copy.parent / "elsewhere")
+    (copy / name).symlink_to(copy.parent / "elsewhere")
+    with pytest.raises(UserError, match="leads out of it"):
+        Screen.read(copy)
+    for report in (inspect.inspect(copy), inspect.verify(copy)):
+        assert not report.facts
+        assert "leads out of it" in report.faults[0].text
+
+
+def test_a_link_in_a_ring_is_damage(copy):
+    (copy / "X" / "data" / "c" / "2").unlink()
+    (copy / "X" / "data" / "c" / "2").symlink_to("2")
+    with pytest.raises(UserError, match="X/data/c/2 is damaged"):
+        Screen.read(copy).matrix[:]
+    assert "X/data/c/2 cannot be read" in inspect.verify(copy).faults[0].text
 
 
 def test_inspecting_and_verifying(copy, capsys, refused):

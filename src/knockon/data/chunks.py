@@ -192,6 +192,7 @@ class Sheet:
         number = np.dtype(number_kind(values))
         self._indices = Chunked(folder=folder / "indices", kind=number, length=values, sizes=sizes)
         pointers = Chunked(folder=folder / "indptr", kind=number, length=shape[0] + 1, sizes=sizes)
+        pointers.read(np.array([[shape[0], shape[0] + 1]]))  # before there is room made for all
         self.ends = pointers.whole()
         if self.ends[0] != 0 or self.ends[-1] != values or (np.diff(self.ends) < 0).any():
             raise damaged(pointers.folder, "rows that do not follow each other")

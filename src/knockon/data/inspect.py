@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from knockon.data.conventions import Columns
 from knockon.data.manifest import Manifest, is_store
@@ -21,7 +22,7 @@ from knockon.data.recognize import (
 )
 from knockon.data.screen import refuse_duplicates, refuse_other_columns
 from knockon.data.splits import singles
-from knockon.data.store import Stored, load
+from knockon.data.store import Stored, load, stay_inside
 from knockon.data.values import Scale, Survey, scale, survey
 from knockon.progress import bar
 from knockon.types import Label, UserError
@@ -107,34 +108,36 @@ def inspect(path: str | Path, columns: Columns = Columns()) -> Report:
     facts = [
         *_size(len(stored.obs), len(stored.genes), looks.stored),
         *(_scale(judged, looks.largest) if judged else []),
-        *(_conditions(design) if design else []),
+        *(_conditions(design, _counts(design)) if design else []),
     ]
-    remarks = [*_names(stored), *(_weak(design, stored.genes) if design else [])]
+    remarks = [*_names(stored), *(_weak(design, _counts(design), stored.genes) if design else [])]
     return _report(path, faults, facts, remarks)
 
 
 def _store(folder: Path, columns: Columns, faults: list[str]) -> Report:
     """Say what the manifest of a store says; nothing else of it is read."""
-    known = _attempt(faults, Manifest.read, folder)
+    known = _known(folder, faults)
     if known is None:
         return _report(folder, faults, [], [])
+    _attempt(faults, refuse_duplicates, known.genes)
     _attempt(faults, refuse_other_columns, known, columns)
     design = Design(
         labels=tuple(stretch.label for stretch in known.stretches),
-        codes=np.repeat(np.arange(len(known.stretches)), [x.stop - x.start for x in known.stretches]),
+        codes=np.empty(0, dtype=np.int64),
         covariates=known.covariates,
         spellings={},
         dose_unit=known.dose_unit,
         notes=known.notes,
     )
+    counts = np.array([stretch.stop - stretch.start for stretch in known.stretches])
     made = ", ".join(file.name for file in known.plan.inputs)
     facts = [
         ("store of", made),
         *_size(known.cells, len(known.genes), known.values),
         *_scale(Scale(units=known.units, total=known.total), known.largest),
-        *_conditions(design),
+        *_conditions(design, counts),
     ]
-    return _report(folder, faults, facts, [*_weak(design, known.genes)])
+    return _report(folder, faults, facts, [*_weak(design, counts, known.genes)])
 
 
 def verify(path: str | Path, *, quiet: bool = True) -> Report:
@@ -152,7 +155,7 @@ def verify(path: str | Path, *, quiet: bool = True) -> Report:
             expected="a folder that knockon prepare wrote",
             mend="leave out --verify",
         )
-    known = _attempt(faults, Manifest.read, folder)
+    known = _known(folder, faults)
     if known is not None:
         with bar("verifying", total=len(known.files), quiet=quiet) as advance:
             for fault in known.verify(folder):
@@ -160,6 +163,12 @@ def verify(path: str | Path, *, quiet: bool = True) -> Report:
                 advance()
     facts = [("files", f"{len(known.files):,}, {len(faults):,} of them damaged")] if known else []
     return _report(folder, faults, facts, [])
+
+
+def _known(folder: Path, faults: list[str]) -> Manifest | None:
+    """Read a manifest, and nothing of a folder with links that lead out of it."""
+    _attempt(faults, stay_inside, folder)
+    return None if faults else _attempt(faults, Manifest.read, folder)
 
 
 def _report(
@@ -210,8 +219,11 @@ def _scale(judged: Scale, largest: float) -> Iterator[tuple[str, str]]:
     yield "values", f"{judged.units}{total}, largest {largest:g}"
 
 
-def _conditions(design: Design) -> Iterator[tuple[str, str]]:
-    counts = np.bincount(design.codes, minlength=len(design.labels))
+def _counts(design: Design) -> Int[np.ndarray, "conditions"]:
+    return np.bincount(design.codes, minlength=len(design.labels))
+
+
+def _conditions(design: Design, counts: Int[np.ndarray, "conditions"]) -> Iterator[tuple[str, str]]:
     treated = counts[[not label.is_control for label in design.labels]]
     yield "control cells", f"{counts.sum() - treated.sum():,}"
     yield "conditions", f"{len(treated):,}"
@@ -247,9 +259,8 @@ def _names(stored: Stored) -> Iterator[str]:
             yield f"obs[{name!r}] knows values that no cell has; they are left out."
 
 
-def _weak(design: Design, genes: Sequence[str]) -> Iterator[str]:
+def _weak(design: Design, counts: Int[np.ndarray, "conditions"], genes: Sequence[str]) -> Iterator[str]:
     """Remark on what can be used but will disappoint."""
-    counts = np.bincount(design.codes, minlength=len(design.labels))
     few = [str(label) for label, count in zip(design.labels, counts, strict=True) if count < FEW]
     if few:
         named = ", ".join(few[:3])

@@ -20,6 +20,8 @@ MANIFEST = "knockon.json"
 ASIDE = ".prepare"
 """Folder in an unfinished store with what is sorted already."""
 FORMAT = 1
+MOST = 2**48
+"""Cells, and values, that no store reaches: a thousand terabytes."""
 
 Genes = Literal["same", "shared"]
 
@@ -148,13 +150,15 @@ class Manifest:
         return found
 
     def _refuse_disorder(self, path: Path) -> None:
-        """Refuse ranges that leave cells out or share some, and files outside of the folder."""
+        """Refuse ranges that leave cells out or share some, sizes of no store, and files outside of it."""
         ranges = sorted((stretch.start, stretch.stop) for stretch in self.stretches)
         ends = [0, *(stop for _, stop in ranges)]
         if not ranges or any(
             not end == start < stop for end, (start, stop) in zip(ends, ranges, strict=False)
         ):
             raise damaged(path, "conditions that do not follow each other")
+        if self.cells >= MOST or not 0 <= self.values < MOST:
+            raise damaged(path, "it tells of more cells or values than a store can hold")
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in self.files):
             raise damaged(path, "it names files outside of its folder")
 
@@ -164,8 +168,8 @@ class Manifest:
             path = folder / name
             try:
                 found = digest(path)
-            except OSError as error:
-                yield f"{path} cannot be read ({error.strerror or error})"
+            except (OSError, ValueError) as error:  # a name can be none of any file
+                yield f"{path} cannot be read ({getattr(error, 'strerror', None) or error})"
                 continue
             yield None if found == expected else f"{path} is not what was written: its checksum does not fit"
 

@@ -19,7 +19,7 @@ from knockon.data.chunks import Names, Sheet
 from knockon.data.conventions import Columns
 from knockon.data.manifest import Manifest, is_store
 from knockon.data.recognize import Design, recognize
-from knockon.data.store import Stored, choose_layer, load
+from knockon.data.store import Stored, choose_layer, load, stay_inside
 from knockon.data.values import Matrix, OnDisk, Scale, compressed, scale, survey
 from knockon.types import Covariate, Label, Spec, Units, UserError
 
@@ -283,7 +283,9 @@ def _assemble(stored: Stored, columns: Columns, source: str) -> Screen:
 
 def _open(folder: Path, columns: Columns) -> Screen:
     """Open a prepared screen; of its cells nothing is read but where the values of each begin."""
+    stay_inside(folder)
     known = Manifest.read(folder)
+    refuse_duplicates(known.genes)
     refuse_other_columns(known, columns)
     sheet = Sheet(folder / "X", shape=(known.cells, len(known.genes)), values=known.values, sizes=known.sizes)
     numbers = np.arange(known.cells, dtype=np.int32 if known.cells < 2**31 else np.int64)

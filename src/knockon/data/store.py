@@ -139,7 +139,7 @@ def _open(path: Path) -> Any:
         )
     try:
         if path.is_dir():
-            _stay_inside(path)
+            stay_inside(path)
             return zarr.open_group(path, mode="r")
         file = h5py.File(path, "r")
         _refuse_links(file, path)
@@ -150,13 +150,19 @@ def _open(path: Path) -> Any:
     return file
 
 
-def _stay_inside(folder: Path) -> None:
-    """Refuse links that lead out of a folder: a stranger's store could name any file of this machine."""
+def stay_inside(folder: Path) -> None:
+    """Refuse links that lead out of a folder: a stranger's store could name any file of this machine.
+
+    Raises
+    ------
+    UserError
+        If there is one.
+    """
     root = folder.resolve()
     for where, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(where, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):  # also of a ring
                 raise _leads_out(folder, path.relative_to(folder))
 
 

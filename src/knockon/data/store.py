@@ -217,7 +217,7 @@ def _lazy(element: Any, path: Path) -> OnDisk:
             expected="a matrix in CSR format for reading with backed",
             mend="leave out backed, or write it again: adata.X = adata.X.tocsr()",
         )
-    rows = len(element["indptr"]) - 1
+    rows = element["indptr"].shape[0] - 1
     if rows != data.shape[0]:
         raise ValueError(f"its indptr is of {rows} cells and its shape of {data.shape[0]}")
     return OnDisk(data=data)

@@ -246,6 +246,25 @@ def test_a_finished_store_is_left_alone(plain, tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("Dear")
     with pytest.raises(UserError, match="holds something else"):
         ko.prepare([plain], tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
+
+
+def test_two_at_once_are_kept_apart(plain, tmp_path, monkeypatch):
+    sort, met = build._Builder._sort, []
+
+    def sorting(builder):
+        with pytest.raises(UserError, match="Another command is at work in"):
+            ko.prepare([plain], tmp_path / "store")
+        met.append(1)
+        return sort(builder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Builder, "_sort", sorting)
+        ko.prepare([plain], tmp_path / "store")
+    ko.prepare([plain], tmp_path / "alone")
+    assert met
+    assert content(tmp_path / "store") == content(tmp_path / "alone")
+    assert not any(".lock" in name for name in content(tmp_path / "store"))
 
 
 def test_a_full_disk_is_said(plain, tmp_path, monkeypatch):

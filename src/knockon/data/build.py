@@ -30,6 +30,7 @@ from knockon.data.recognize import Design
 from knockon.data.screen import Screen, digest_of, notes_of, read
 from knockon.data.values import Scale, Survey, blocks, scale
 from knockon.files import digest, from_plain, read_json, write_json
+from knockon.jobs import alone
 from knockon.progress import bar
 from knockon.types import UserError
 
@@ -41,6 +42,8 @@ TOGETHER = 16
 """Cells that a block must have room for, about: each block is a folder until all are written."""
 OTHER = 256
 """Bytes on disk for a cell besides its values, about."""
+NOTE = "plan.json"
+"""What an unfinished store is to be."""
 SUMS = "sums.json"
 """Beside a sorted block: SHA-256 of its files."""
 
@@ -89,7 +92,8 @@ def prepare(  # noqa: PLR0913 - one for each option of the command line
     ------
     UserError
         If a file cannot be used or differs from the others, the memory is too little to sort in, the folder
-        holds something else, or the disk is full; what is done by then is kept for the next call.
+        holds something else, another command is at work in it, or the disk is full; what is done by then is
+        kept for the next call.
     """
     folder, paths = Path(out), [Path(path) for path in data]
     most = max(1, bytes_of(memory) // SHARE)
@@ -101,9 +105,12 @@ def prepare(  # noqa: PLR0913 - one for each option of the command line
     )  # fmt: skip
     with _kept(folder):
         if not _finished(folder, plan):
-            _begin(folder, plan)
-            _refuse_full(folder, joined)
-            _Builder(folder, plan, joined, most, quiet).build()
+            _refuse_other(folder)
+            with alone(folder / ASIDE):
+                if not _finished(folder, plan):  # by another command, until now
+                    _begin(folder, plan)
+                    _refuse_full(folder, joined)
+                    _Builder(folder, plan, joined, most, quiet).build()
         shutil.rmtree(folder / ASIDE, ignore_errors=True)
     return read(folder, joined.columns)
 
@@ -132,9 +139,17 @@ def _finished(folder: Path, plan: Plan) -> bool:
     return True
 
 
+def _refuse_other(folder: Path) -> None:
+    """Refuse a folder with anything but a store, before anything is written there."""
+    if (folder / ASIDE / NOTE).exists() or not folder.exists():
+        return
+    if not folder.is_dir() or any(path.name != ASIDE for path in folder.iterdir()):
+        raise _taken(folder, "something else")
+
+
 def _begin(folder: Path, plan: Plan) -> None:
     """Note what the folder is for, or see that it is for the same."""
-    note = folder / ASIDE / "plan.json"
+    note = folder / ASIDE / NOTE
     if note.exists():
         if from_plain(Plan, read_json(note), where=str(note)) != plan:
             raise _taken(folder, "an unfinished store of other files, or with other options")
@@ -142,8 +157,6 @@ def _begin(folder: Path, plan: Plan) -> None:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         log.info("Continuing %s", folder)
         return
-    if folder.exists() and (not folder.is_dir() or any(path.name != ASIDE for path in folder.iterdir())):
-        raise _taken(folder, "something else")
     write_json(note, asdict(plan))
 
 
@@ -313,9 +326,7 @@ class _Builder:
             for start in range(0, total, together):
                 stop = min(total, start + together)
                 shards = [(a, min(a + size, stop)) for a in range(start, stop, size)]
-                missing = [
-                    (name, a, b) for name in arrays for a, b in shards if not _is_whole(there[name], a, b)
-                ]
+                missing = [(name, a, b) for name in arrays for a, b in shards if not there[name].fits(a, b)]
                 if missing:
                     values = _merged(runs, ends, start, stop)
                     for name, a, b in missing:
@@ -379,15 +390,6 @@ def _fits(folder: Path) -> bool:
         return all(sums.get(name) == digest(folder / name) for name in ("data", "indices", "starts"))
     except (OSError, UserError):
         return False
-
-
-def _is_whole(array: Chunked, start: int, stop: int) -> bool:
-    """Whether values are there, and all checksums fit."""
-    try:
-        array.read(np.array([[start, stop]]))
-    except UserError:
-        return False
-    return True
 
 
 def _array(group: zarr.Group, name: str, length: int, kind: str) -> zarr.Array:

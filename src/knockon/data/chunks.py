@@ -120,6 +120,14 @@ class Chunked:
         """Read everything."""
         return self.read(np.array([[0, self.length]]))
 
+    def fits(self, start: int, stop: int) -> bool:
+        """Whether values from one to another are there, and all checksums fit."""
+        try:
+            self.read(np.array([[start, stop]]))
+        except UserError:
+            return False
+        return True
+
     def _chunk(self, number: int) -> np.ndarray:
         shard, place = divmod(number, self.sizes.shard // self.sizes.chunk)
         path = self.folder / "c" / str(shard)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from knockon import models
-from knockon.compare import Comparison, compare, compare_all, recipes
+from knockon.compare import Comparison, _trial, compare, compare_all, recipes
 from knockon.data import simulate, splits
 from knockon.data.build import prepare
 from knockon.data.screen import Screen
@@ -151,6 +151,17 @@ def test_jobs_that_nobody_could_do(screen: Screen, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"--jobs {jobs}"):
             compare(screen, splits.additive(screen), out=tmp_path, comparison=asked, options=options)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_cluster_reads_is_named_from_the_root(screen: Screen) -> None:
+    far, near = (
+        _trial(
+            Path("out"), screen, splits.additive(screen), QUICK, Options(vectors=Path("v.csv"), cluster=to)
+        )
+        for to in ("tcp://node:8786", None)
+    )
+    assert (far.folder, far.options.vectors) == (Path("out").absolute(), Path("v.csv").absolute())
+    assert (near.folder, near.options.vectors) == (Path("out"), Path("v.csv"))
 
 
 def test_one_comparison_does_not_replace_several_nor_they_one(screen: Screen, tmp_path: Path) -> None:

@@ -164,8 +164,11 @@ def _trial(
     further: Mapping[str, Recipe] | None = None,
 ) -> Trial:
     apart = comparison.jobs > 1 or options.cluster is not None
+    if options.cluster:  # whose workers work in other folders
+        folder, vectors = folder.absolute(), options.vectors and options.vectors.absolute()
+        options = dataclasses.replace(options, vectors=vectors)
     return Trial(
-        folder=folder.absolute() if options.cluster else folder,
+        folder=folder,
         split=split,
         comparison=comparison,
         recipes=recipes(comparison, further),

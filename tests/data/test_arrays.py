@@ -136,6 +136,19 @@ def test_values_travel_by_their_place(both):
     np.testing.assert_array_equal(pickle.loads(sent)[:50].toarray(), ready.matrix[:50].toarray())
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_values_are_found_from_another_folder(kind, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    getattr(adata(DOUBLES), {"h5ad": "write_h5ad", "zarr": "write_zarr"}[kind])(f"screen.{kind}")
+    matrix = Screen.read(f"screen.{kind}", backed=True).matrix
+    sent, wanted = pickle.dumps(matrix), matrix[:9].toarray()
+    monkeypatch.chdir(tmp_path / "there")
+    np.testing.assert_array_equal(pickle.loads(sent)[:9].toarray(), wanted)
+
+
 def test_rows_that_lie_close_are_read_at_once(both, small):
     here, there = both
     for rows in (np.array([5, 3, 3, 40, 41]), np.arange(170, 20, -3), np.array([], dtype=int)):

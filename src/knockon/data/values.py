@@ -108,18 +108,22 @@ class OnDisk:
 
 
 def _place(data: Any) -> Any:
-    """File of values on disk, and where in it they are; the values of a store know that themselves."""
+    """File of values on disk, whatever the folder that one works in, and where in it they are.
+
+    The values of a store know that themselves.
+    """
     element = getattr(data, "group", data)
     if isinstance(element, h5py.Group | h5py.Dataset):
-        return str(element.file.filename), str(element.name)
+        return str(Path(element.file.filename).resolve()), str(element.name)
     if isinstance(element, zarr.Group | zarr.Array):
-        return str(element.store.root), element.path  # pyright: ignore[reportAttributeAccessIssue]
+        root = Path(element.store.root)  # pyright: ignore[reportAttributeAccessIssue]
+        return str(root.resolve()), element.path
     return data
 
 
 def _opened(place: Any, total: float | None, genes: np.ndarray | None) -> OnDisk:
     if isinstance(place, tuple):
-        place = _element(str(Path(place[0]).resolve()), place[1])
+        place = _element(*place)
     return OnDisk(data=place, total=total, genes=genes)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from knockon.data.memory import free_memory
+from knockon.data.memory import free_memory, written
 
 NONE = 9223372036854771712
 """How version 1 of control groups says that there is no limit."""
@@ -23,6 +23,21 @@ def second(folder: Path, limit: object, used: int, cache: int = 0) -> None:
 def first(folder: Path, limit: int, used: int, cache: int = 0) -> None:
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     group(folder, names, (limit, used), f"inactive_file 1\ntotal_inactive_file {cache}")
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999_400, "999 kB"),
+        (999_600, "1 MB"),
+        (2.5e9, "2.5 GB"),
+        (5e15, "5,000 TB"),
+    ],
+)
+def test_amounts_are_written_as_people_read_them(amount: float, text: str) -> None:
+    assert written(amount) == text
 
 
 @pytest.fixture

@@ -39,10 +39,10 @@ def bytes_of(text: str, *, option: str = "--memory") -> int:
 def written(amount: float) -> str:
     """Write bytes as people read them."""
     for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
+        if amount < 999.5:  # else three digits would round to 1000
             return f"{amount:.3g} {unit}"
         amount /= 1000
-    return f"{amount:,.3g} TB"
+    return f"{amount:,.0f} TB" if amount >= 999.5 else f"{amount:.3g} TB"
 
 
 def free_memory(root: Path = Path("/")) -> int:

@@ -2,6 +2,7 @@ import pickle
 import threading
 from functools import partial
 
+import dask.config
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -164,7 +165,8 @@ def test_a_cluster_that_is_not_there():
 def test_a_cluster_needs_its_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
     with pytest.raises(UserError, match=r"pip install 'knockon\[cluster\]'"):
-        arrays.computing("tcp://127.0.0.1:1")
+        arrays.computing("tcp://127.0.0.1:1", memory=7)
+    assert dask.config.get(arrays.ROOM, None) is None
 
 
 @pytest.mark.slow

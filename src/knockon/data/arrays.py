@@ -80,9 +80,9 @@ def computing(cluster: str | None = None, memory: int | None = None) -> Abstract
         If no cluster answers, or dask's package for clusters is not installed.
     """
     stack = ExitStack()
-    stack.enter_context(dask.config.set({ROOM: memory}))
     if cluster is not None:
         stack.enter_context(client(cluster, everywhere=True))
+    stack.enter_context(dask.config.set({ROOM: memory}))  # holds from here on, so nothing may fail after it
     return stack
 
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from knockon.forecast import peak_memory
 
 GIB = 2**30
 
@@ -95,7 +96,7 @@ def _timed(
         clock, processor = time.perf_counter(), time.process_time()
         task(*arguments)
         samples.append(Sample(time.perf_counter() - clock, time.process_time() - processor))
-    return samples, _peak_resident()
+    return samples, peak_memory()
 
 
 def growth_in_child(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:
@@ -113,24 +114,14 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: tuple[object
     forget = Path("/proc/self/clear_refs")
     if forget.exists():
         forget.write_text("5")  # the peak begins anew at what is resident now
-    before = _peak_resident()
+    before = peak_memory()
     task()
-    return _peak_resident() - before
+    return peak_memory() - before
 
 
 def _watched(task: Callable[..., object], arguments: tuple[object, ...]) -> int:
     task(*arguments)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _peak_resident()
-
-
-def _peak_resident() -> int:
-    """Read the peak that Linux keeps per program; the portable one can include that of the parent."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory()
 
 
 def machine(device: torch.device) -> str:

@@ -48,7 +48,7 @@ class Inspect(Command):
     """Say what is in a file, what is wrong with it, and how to mend it."""
 
     data: Data
-    """A screen: .h5ad, .zarr or a store."""
+    """A screen: .h5ad, .zarr, or a store of `knockon prepare`."""
     verify: bool = False
     """Read every file of a store and name those that are not as they were written, instead."""
     columns: Annotated[Columns, Flat] = Columns()
@@ -99,7 +99,7 @@ class Split(Command):
     """Decide which conditions are held out, and write it down."""
 
     data: Data
-    """A screen: .h5ad or .zarr."""
+    """A screen: .h5ad, .zarr, or a store of `knockon prepare`."""
     kind: splits.Kind = "additive"
     """Doubles of measured singles; the first 15 of them with their singles; genes; contexts; any; nothing."""
     out: Path
@@ -207,7 +207,7 @@ class Evaluate(Command):
     pred: Path
     """Predicted cells, whoever made them: .h5ad or .zarr."""
     real: Path
-    """The screen."""
+    """The screen: .h5ad, .zarr, or a store of `knockon prepare`."""
     split: str | None = None
     """A kind of split, or a .json; its test conditions are scored. Without it, all predicted ones are."""
     out: Path | None = None
@@ -245,7 +245,7 @@ class Compare(Command):
     """Train, predict and score several models, and print one table."""
 
     data: Path
-    """A screen: .h5ad or .zarr."""
+    """A screen: .h5ad, .zarr, or a store of `knockon prepare`."""
     out: Path
     """Folder of the comparison; running it again does only what is missing."""
     split: tuple[str, ...] = ("additive",)

@@ -161,7 +161,7 @@ class Embed(Command):
     folder: Folder
     """A run folder."""
     data: Data
-    """A screen with the genes of the run: .h5ad or .zarr."""
+    """A screen with the genes of the run: .h5ad, .zarr, or a store of `knockon prepare`."""
     out: Path
     """The .h5ad to write."""
     score: bool = False

@@ -103,6 +103,7 @@ def test_alone_nothing_is_shared() -> None:
     assert devices.mean([{"a": torch.tensor(1.0)}, {"a": torch.tensor(2.0)}]) == {"a": 1.5}
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen.from_anndata(simulate.simulate(simulate.tiny()))
     split = splits.additive(screen)

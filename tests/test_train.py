@@ -95,7 +95,11 @@ class Stop(Exception):
 
 @pytest.mark.parametrize(
     ("name", "preset", "stop"),
-    [("latent_additive", "default", 1), ("latent_additive", "default", 5), ("scdfm", "small", 3)],
+    [
+        ("latent_additive", "default", 1),
+        ("latent_additive", "default", 5),
+        pytest.param("scdfm", "small", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_continues_to_the_same_bits(
     screen: Screen,

@@ -79,6 +79,7 @@ def test_another_width_is_said_to_be_new(
     assert "initialized anew: hidden" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_knows_what_it_began_with(adata: anndata.AnnData, pretrained: Run, tmp_path: Path) -> None:
     begin(adata, pretrained, tmp_path / "run")
     screen = Screen.from_anndata(adata)
@@ -124,6 +125,7 @@ def test_a_model_without_names_needs_the_same_genes(adata: anndata.AnnData, tmp_
         ko.train(recipe, turned, splits.additive(turned), out=tmp_path / "c", start=tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_a_leak_through_pretraining_is_said(
     adata: anndata.AnnData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

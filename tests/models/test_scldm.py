@@ -119,6 +119,7 @@ def test_passes_that_change_nothing_are_left_out(changes, evaluations):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_solvers_agree(z):
     fine = build(solver="rk4", steps=64).flow(z, CONDITION, BOTH)
     for solver, steps, atol in (("dopri5", 1, 1e-3), ("heun", 200, 1e-2), ("rk4_38", 64, 1e-4)):
@@ -208,6 +209,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("stage", [SetAutoencoder, LatentFlow])
+@pytest.mark.slow
 def test_training_stopped_in_either_stage_continues_to_the_same_bits(
     screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: type[Model]
 ):

@@ -102,7 +102,7 @@ def bits(base: Path, work: Path, options: argparse.Namespace) -> str:
                         "identical" if contents(out, command.loose) == wanted else "DIFFERENT, UNNOTICED"
                     ] += 1
                 else:
-                    told[_verdict(ended, Path(path).name)] += 1
+                    told[_verdict(ended, f"{base / path}")] += 1
         rows.append((path, command.name, _counted(told)))
     rows.append(_checkpoint_bits(base, work, options, train))
     return _table(("a flipped bit in", "read by", "ended with"), rows)

@@ -143,6 +143,8 @@ class Chunked:
                 raise ValueError("a chunk beyond the end of the file")
             content = _checked(os.pread(file, size, start), path)
             values = np.frombuffer(_BLOSC.decode(content), self.kind)
+        except UserError:
+            raise
         except (OSError, RuntimeError, ValueError, OverflowError) as error:
             raise damaged(path, str(error)) from error
         finally:

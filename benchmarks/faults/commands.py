@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,23 @@ def contents(folder: Path, loose: tuple[str, ...] = ()) -> Mapping[str, str]:
         if path.suffix not in loose and path.parent.name != "checkpoint":
             found[str(path.relative_to(folder))] = hashlib.sha256(told).hexdigest()
     return found
+
+
+def is_broken(folder: Path) -> bool:
+    """Whether a file is half-written."""
+    try:
+        contents(folder)
+    except Exception as error:  # noqa: BLE001 (whatever a half-written file raises)
+        print(f"broken: {error}", flush=True)
+        return True
+    return False
+
+
+def fresh(folder: Path) -> Path:
+    """Empty a folder, or make it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _content(path: Path) -> bytes:

@@ -1,12 +1,11 @@
 """Kill -9 at random moments, again and again, until a command has finished; then look at what it wrote."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.faults.commands import Command, contents, leftovers
+from benchmarks.faults.commands import Command, contents, fresh, is_broken, leftovers
 from benchmarks.faults.process import Child, finish
 
 IN_A_ROW = 4
@@ -34,11 +33,11 @@ class Toll:
 def torment(command: Command, base: Path, work: Path, *, kills: int, random: np.random.Generator) -> Toll:
     """Kill a command so often at moments that are uniform over its duration."""
     out, log = work / "out", work / "log"
-    _fresh(out)
+    fresh(out)
     toll = Toll(command.name, finish(command.at(base, out), log).seconds)
     wanted = contents(out, command.loose)
     while toll.kills < kills:
-        _fresh(out)
+        fresh(out)
         for _ in range(min(IN_A_ROW, kills - toll.kills)):
             child = Child.start(command.at(base, out), log)
             ended = child.kill_after(random.uniform(0, toll.seconds))
@@ -46,23 +45,9 @@ def torment(command: Command, base: Path, work: Path, *, kills: int, random: np.
                 break
             toll.kills += 1
             toll.asides += bool(leftovers(out))
-            toll.broken += _is_broken(out)
+            toll.broken += is_broken(out)
         finish(command.at(base, out), log)
         toll.finished += 1
         toll.different += contents(out, command.loose) != wanted
         toll.left += len(leftovers(out))
     return toll
-
-
-def _is_broken(out: Path) -> bool:
-    try:
-        contents(out)
-    except Exception as error:  # noqa: BLE001 (whatever a half-written file raises)
-        print(f"broken: {error}", flush=True)
-        return True
-    return False
-
-
-def _fresh(out: Path) -> None:
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)

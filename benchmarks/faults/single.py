@@ -1,7 +1,6 @@
 """Faults one by one: a full disk, exhausted memory, flipped bits, a loss that is no number, signals."""
 
 import argparse
-import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.faults.commands import COMMANDS, TRAINING, Command, contents, leftovers, visible
+from benchmarks.faults.commands import (
+    COMMANDS,
+    TRAINING,
+    Command,
+    contents,
+    fresh,
+    is_broken,
+    leftovers,
+    visible,
+)
 from benchmarks.faults.process import Child, Ended, finish, limit_files, limit_memory, run
 from knockon.checkpoint import CHECKPOINT, PREVIOUS
 
@@ -38,7 +46,7 @@ def disk(base: Path, work: Path, _: argparse.Namespace) -> str:
                 ended = run(command.at(base, small.folder), work / "log", small.limit)
                 told[_verdict(ended, str(small.folder))] += 1
                 left += len(leftovers(small.folder))
-                broken += _is_broken(small.folder)
+                broken += is_broken(small.folder)
                 small.grow()
                 finish(command.at(base, small.folder), work / "log")
                 same += contents(small.folder, command.loose) == wanted
@@ -60,7 +68,7 @@ def memory(base: Path, work: Path, _: argparse.Namespace) -> str:
         wanted = contents(_undisturbed(command, base, work), command.loose)
         told, same = Counter[str](), 0
         for mebibytes in MEBIBYTES:
-            out = _fresh(work / "out")
+            out = fresh(work / "out")
             ended = run(command.at(base, out), work / "log", limit_memory(mebibytes))
             told[_verdict(ended, "emory")] += 1
             finish(command.at(base, out), work / "log")
@@ -95,7 +103,7 @@ def bits(base: Path, work: Path, options: argparse.Namespace) -> str:
         told = Counter[str]()
         for at in np.random.default_rng(options.seed).random(options.flips):
             with _flipped(base / path, at):
-                out = _fresh(work / "out")
+                out = fresh(work / "out")
                 ended = run(command.at(base, out), work / "log")
                 if ended.status == 0:
                     told[
@@ -126,7 +134,7 @@ def _checkpoint_bits(base: Path, work: Path, options: argparse.Namespace, train:
 def _killed(train: Command, base: Path, work: Path) -> Path:
     """Kill training when there are two checkpoints; again, where the last was just being put in its place."""
     while True:
-        out = _fresh(work / "out")
+        out = fresh(work / "out")
         child = Child.start(train.at(base, out), work / "log")
         while not [*out.rglob(PREVIOUS)]:
             time.sleep(0.001)
@@ -139,7 +147,7 @@ def other(base: Path, work: Path, _: argparse.Namespace) -> str:
     """Let a loss become no number, and ask training to end."""
     line = f"train latent_additive --data {base}/screen.h5ad --out {work}/out/run {TRAINING}"
     rows = []
-    _fresh(work / "out")
+    fresh(work / "out")
     ended = run([*line.split(), "--train.lr", "1e30", "--train.checkpoint-every", "1"], work / "log")
     kept = not (work / "out/run/weights.safetensors").exists()
     rows.append(("a loss that is no number", _verdict(ended, "step"), f"no weights were written: {kept}"))
@@ -147,7 +155,7 @@ def other(base: Path, work: Path, _: argparse.Namespace) -> str:
     whole = _undisturbed(train, base, work)
     wanted = contents(whole)
     for number in (signal.SIGTERM, signal.SIGINT):
-        out = _fresh(work / "out")
+        out = fresh(work / "out")
         child = Child.start(train.at(base, out), work / "log")
         while not (log := out / "run" / "log.jsonl").exists() or not log.stat().st_size:
             pass
@@ -173,31 +181,16 @@ def _verdict(ended: Ended, named: str) -> str:
 
 
 def _undisturbed(command: Command, base: Path, work: Path) -> Path:
-    out = _fresh(work / "whole")
+    out = fresh(work / "whole")
     finish(command.at(base, out), work / "log")
     return out
-
-
-def _fresh(out: Path) -> Path:
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    return out
-
-
-def _is_broken(folder: Path) -> bool:
-    try:
-        contents(folder)
-    except Exception as error:  # noqa: BLE001 (whatever a half-written file raises)
-        print(f"broken: {error}", flush=True)
-        return True
-    return False
 
 
 class _Disk:
     """A small file system in memory; without the rights to mount one, a limit to the size of each file."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        self.folder = _fresh(folder)
+        self.folder = fresh(folder)
         options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
         self.mounted = subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0
         self.limit: Callable[[], None] = (lambda: None) if self.mounted else limit_files(size)

@@ -171,6 +171,14 @@ def interrupt(monkeypatch, after):
     return done
 
 
+def killed_in(monkeypatch, step, plain, folder):
+    """Prepare until a step, at which the process dies."""
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Builder, step, lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            ko.prepare([plain], folder, memory="60KB")
+
+
 def test_an_interrupted_store_is_continued_to_the_same_bytes(plain, tmp_path, monkeypatch):
     ko.prepare([plain], tmp_path / "whole", memory="60KB")
     expected, folder, met = content(tmp_path / "whole"), tmp_path / "store", 0
@@ -191,10 +199,7 @@ def test_an_interrupted_store_is_continued_to_the_same_bytes(plain, tmp_path, mo
 
 def test_an_interruption_while_files_are_marked_is_continued(plain, tmp_path, monkeypatch):
     folder = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        patch.setattr(build._Builder, "_checksums", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            ko.prepare([plain], folder, memory="60KB")
+    killed_in(monkeypatch, "_checksums", plain, folder)
     ko.prepare([plain], folder, memory="60KB")
     ko.prepare([plain], tmp_path / "whole", memory="60KB")
     assert content(folder) == content(tmp_path / "whole")
@@ -202,10 +207,7 @@ def test_an_interruption_while_files_are_marked_is_continued(plain, tmp_path, mo
 
 def test_what_is_there_is_not_done_again(plain, tmp_path, monkeypatch):
     folder = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        patch.setattr(build._Builder, "_write_tables", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            ko.prepare([plain], folder, memory="60KB")
+    killed_in(monkeypatch, "_write_tables", plain, folder)
     before = {path: path.stat().st_mtime_ns for path in (folder / "X" / "data" / "c").iterdir()}
     before |= {path: path.stat().st_mtime_ns for path in (folder / ASIDE / "runs").rglob("data")}
     assert len(before) > 5
@@ -217,10 +219,7 @@ def test_what_is_there_is_not_done_again(plain, tmp_path, monkeypatch):
 def test_what_was_damaged_since_is_done_again(plain, tmp_path, monkeypatch):
     ko.prepare([plain], tmp_path / "whole", memory="60KB")
     folder = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        patch.setattr(build._Builder, "_write_tables", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            ko.prepare([plain], folder, memory="60KB")
+    killed_in(monkeypatch, "_write_tables", plain, folder)
     runs = sorted((folder / ASIDE / "runs").iterdir())
     os.truncate(runs[0] / "starts", 11)
     (runs[1] / "indices").write_bytes(bytes((runs[1] / "indices").stat().st_size))

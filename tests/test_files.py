@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 from safetensors import SafetensorError
 
-from knockon.files import HERE, from_plain, from_text, read_json, write_json, written_aside
+from knockon import files
+from knockon.files import HERE, alone, from_plain, from_text, read_json, write_json, written_aside
 from knockon.types import UserError
 
 
@@ -142,3 +143,20 @@ def test_what_may_be_written_at_the_moment_is_left_alone(tmp_path: Path) -> None
 def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(No space left on device\)"), written_aside(tmp_path / "a"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_folder_belongs_to_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    with alone(tmp_path / "a", tmp_path / "b", tmp_path / "a"):
+        with pytest.raises(UserError, match=r"Another command is at work in .*b"), alone(tmp_path / "b"):
+            pass
+        with alone(tmp_path / "c"):
+            pass
+    with alone(tmp_path / "b"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write"), alone(tmp_path / "file" / "x"):
+        pass

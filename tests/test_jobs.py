@@ -1,10 +1,9 @@
 import logging
 import re
-from pathlib import Path
 
 import pytest
 
-from knockon.jobs import Ended, _told, alone, do_all
+from knockon.jobs import Outcome, _told, do_all
 from knockon.predict import refuse_few
 from knockon.types import UserError
 
@@ -18,7 +17,7 @@ def halve(number: int) -> int:
 def test_a_job_that_fails_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="knockon"):
         ended = do_all(halve, {"a": 4, "b": 3, "c": 8})
-    assert ended == Ended(done={"a": 2, "c": 4}, failed={"b": "3 is odd."})
+    assert ended == Outcome(done={"a": 2, "c": 4}, failed={"b": "3 is odd."})
     assert "b failed. 3 is odd." in caplog.messages
     with pytest.raises(UserError, match=r"Failed: b \(3 is odd\)\. .* the same command"):
         ended.refuse_failed()
@@ -64,22 +63,6 @@ def failing(error: Exception | None) -> str:
     if error is not None:
         raise error
     return "done"
-
-
-def test_a_folder_belongs_to_one_command(tmp_path: Path) -> None:
-    with alone(tmp_path / "a", tmp_path / "b", tmp_path / "a"):
-        with pytest.raises(UserError, match=r"Another command is at work in .*b"), alone(tmp_path / "b"):
-            pass
-        with alone(tmp_path / "c"):
-            pass
-    with alone(tmp_path / "b"):
-        pass
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write"), alone(tmp_path / "file" / "x"):
-        pass
 
 
 @pytest.mark.slow

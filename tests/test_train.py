@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import torch
 
-from knockon import devices, models, validate
+from knockon import devices, files, models, validate
 from knockon.checkpoint import CHECKPOINT
 from knockon.cli import main
 from knockon.data import simulate, splits
@@ -131,6 +131,22 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, kind: type[Model], steps: int) -
         return original(self, batch, rng)
 
     monkeypatch.setattr(kind, "loss", loss)
+
+
+def test_two_commands_do_not_train_in_one_folder(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = models.load("latent_additive").LatentAdditive
+    original = kind.loss
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+
+    def loss(self: Model, batch: CellSets, rng: torch.Generator) -> Losses:
+        with pytest.raises(UserError, match=r"Another command is at work in .*run.*--out"):
+            train(recipe(), screen, split, out=tmp_path / "run")
+        return original(self, batch, rng)
+
+    monkeypatch.setattr(kind, "loss", loss)
+    assert train(recipe(), screen, split, out=tmp_path / "run").record.finished
 
 
 def test_a_run_that_is_asked_to_end_loses_nothing(

@@ -16,7 +16,7 @@ PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
-class Ended:
+class Exit:
     """How a command ended."""
 
     status: int
@@ -49,12 +49,12 @@ class Child:
             _run(arguments, log, before)
         return cls(pid, log, began)
 
-    def wait(self) -> Ended:
+    def wait(self) -> Exit:
         """Wait for the end."""
         _, status = os.waitpid(self.pid, 0)
         return self._ended(status)
 
-    def kill_after(self, seconds: float, number: int = signal.SIGKILL) -> Ended | None:
+    def kill_after(self, seconds: float, number: int = signal.SIGKILL) -> Exit | None:
         """Send a signal to the whole group after so long; None where the command was killed by it."""
         while time.monotonic() < self.began + seconds:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -68,18 +68,18 @@ class Child:
         ended = self.wait()
         return None if ended.status == -number else ended
 
-    def _ended(self, status: int) -> Ended:
+    def _ended(self, status: int) -> Exit:
         code = os.waitstatus_to_exitcode(status)
-        return Ended(code, self.log.read_text(errors="replace"), time.monotonic() - self.began)
+        return Exit(code, self.log.read_text(errors="replace"), time.monotonic() - self.began)
 
 
-def run(arguments: Sequence[str], log: Path, before: Callable[[], None] = lambda: None) -> Ended:
+def run(arguments: Sequence[str], log: Path, before: Callable[[], None] = lambda: None) -> Exit:
     """Run a command to its end; one that has none is killed, and said to have ended so."""
-    hung = Ended(-signal.SIGKILL, "no end", PATIENCE)
+    hung = Exit(-signal.SIGKILL, "no end", PATIENCE)
     return Child.start(arguments, log, before).kill_after(PATIENCE) or hung
 
 
-def finish(arguments: Sequence[str], log: Path) -> Ended:
+def finish(arguments: Sequence[str], log: Path) -> Exit:
     """Run a command that must succeed."""
     ended = run(arguments, log)
     if ended.status:

@@ -20,7 +20,7 @@ from benchmarks.faults.commands import (
     leftovers,
     visible,
 )
-from benchmarks.faults.process import Child, Ended, finish, limit_files, limit_memory, run
+from benchmarks.faults.process import Child, Exit, finish, limit_files, limit_memory, run
 from knockon.checkpoint import CHECKPOINT, PREVIOUS
 
 SHARES = (0.05, 0.4, 0.9)
@@ -169,7 +169,7 @@ def other(base: Path, work: Path, _: argparse.Namespace) -> str:
     return _table(("fault", "ended with", "and then"), rows)
 
 
-def _verdict(ended: Ended, named: str) -> str:
+def _verdict(ended: Exit, named: str) -> str:
     """Put an end into words."""
     if ended.status == 0:
         return "success"

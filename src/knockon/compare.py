@@ -14,8 +14,8 @@ from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
 from knockon.evaluate import scores, suites
 from knockon.evaluate.summary import BASELINES, summarize
-from knockon.files import write_text
-from knockon.jobs import Ended, alone, do_all
+from knockon.files import alone, write_text
+from knockon.jobs import Outcome, do_all
 from knockon.model import Recipe
 from knockon.predict import refuse_few
 from knockon.train import Options
@@ -177,12 +177,12 @@ def _trial(
     )
 
 
-def _done(trials: Mapping[str, Trial], *, cluster: str | None, quiet: bool) -> Ended[pd.DataFrame]:
+def _done(trials: Mapping[str, Trial], *, cluster: str | None, quiet: bool) -> Outcome[pd.DataFrame]:
     """Train and predict all models of all trials, those first that answer for others; then score each trial.
 
     Returns
     -------
-    Ended
+    Outcome
         The summary of each trial, and what failed of models and trials.
     """
     how = next(iter(trials.values())).comparison
@@ -204,7 +204,7 @@ def _done(trials: Mapping[str, Trial], *, cluster: str | None, quiet: bool) -> E
         raise UserError("No model could predict the test conditions", mend="choose other --models")
     scores = {name: (Path(name) / "scores").as_posix() for name, found in could.items() if found}
     scored = do(judge, {scores[name]: trials[name].only(could[name]) for name in scores})
-    return Ended(
+    return Outcome(
         done={name: scored.done[key] for name, key in scores.items() if key in scored.done},
         failed={**made.failed, **scored.failed},
     )

@@ -8,10 +8,11 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from inspect import signature
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from knockon import files
 from knockon.types import UserError
 
 T = TypeVar("T")
@@ -164,6 +166,20 @@ def on_first(do: Callable[[], T]) -> T:
     if isinstance(found[1], UserError):
         raise found[1]
     return found[0]  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a folder that all processes of this one work in.
+
+    Raises
+    ------
+    UserError
+        As for ``files.alone``, in all processes.
+    """
+    with ExitStack() as held:
+        on_first(lambda: held.enter_context(files.alone(folder)))
+        yield
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON that is checked when it is read back."""
+"""Files that appear whole or not at all, folders of one command at a time, and JSON that is checked."""
 
 import dataclasses
 import errno
@@ -14,11 +14,12 @@ import time
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from knockon.types import UserError
@@ -31,6 +32,10 @@ ABANDONED = 24 * 3600.0
 """Seconds after which a temporary file that nothing was written to is nobody's, whatever machine it is of."""
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """What a disk refuses a write with."""
+LOCK = ".lock"
+"""In a folder that one command at a time writes to. It stays; what counts is who holds it."""
+PATIENCE = 3.0
+"""Seconds that a command waits for a folder: processes of one that was killed take a moment to notice."""
 
 
 @contextmanager
@@ -90,6 +95,34 @@ def _sweep(path: Path) -> None:
             of_the_dead = told[1] == HERE and not psutil.pid_exists(int(told[2]))
             if of_the_dead or time.time() - left.stat().st_mtime > ABANDONED:
                 left.unlink()
+
+
+@contextmanager
+def alone(*folders: Path) -> Iterator[None]:
+    """Keep other commands out of folders; who was killed holds nothing any more.
+
+    Raises
+    ------
+    UserError
+        If another command is at work in one of them, or it cannot be written to.
+    """
+    with ExitStack() as held:
+        for folder in dict.fromkeys(folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(folder / LOCK, timeout=PATIENCE))
+            except Timeout as error:
+                raise UserError(
+                    f"Another command is at work in {folder}",
+                    mend="wait for its end, or choose another --out",
+                ) from error
+            except OSError as error:
+                raise UserError(
+                    f"Cannot write {folder} ({error.strerror or error})",
+                    expected="a folder that can be written to",
+                    mend="choose another place with --out",
+                ) from error
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

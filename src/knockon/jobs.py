@@ -7,13 +7,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import joblib
-from filelock import FileLock, Timeout
 
 from knockon import limits
 from knockon.cluster import client
@@ -22,22 +20,20 @@ from knockon.types import UserError
 
 J = TypeVar("J")
 T = TypeVar("T")
-LOCK = ".lock"
-"""In a folder that one command at a time writes to. It stays; what counts is who holds it."""
 
 log = logging.getLogger("knockon")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended(Generic[T]):
+class Outcome(Generic[T]):
     """What became of some jobs, by their names: what they returned, or why they failed."""
 
     done: Mapping[str, T] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
 
-    def __or__(self, other: "Ended[Any]") -> "Ended[Any]":
+    def __or__(self, other: "Outcome[Any]") -> "Outcome[Any]":
         """Join with other jobs."""
-        return Ended(done={**self.done, **other.done}, failed={**self.failed, **other.failed})
+        return Outcome(done={**self.done, **other.done}, failed={**self.failed, **other.failed})
 
     def refuse_failed(self) -> None:
         """Name the jobs that failed.
@@ -77,7 +73,7 @@ def do_all(
     at_once: int = 1,
     cluster: str | None = None,
     quiet: bool = True,
-) -> Ended[T]:
+) -> Outcome[T]:
     """Do jobs, whatever becomes of the others.
 
     Parameters
@@ -121,41 +117,13 @@ def do_all(
                 mend="with fewer --jobs, the same command does only what is missing",
             ) from error
     found = [reports[name] for name in jobs]
-    return Ended(
+    return Outcome(
         done={one.name: one.value for one in found if not one.failure},
         failed={one.name: one.failure for one in found if one.failure},
     )
 
 
-@contextmanager
-def alone(*folders: Path) -> Iterator[None]:
-    """Keep other commands out of folders; who was killed holds nothing any more.
-
-    Raises
-    ------
-    UserError
-        If another command is at work in one of them, or it cannot be written to.
-    """
-    with ExitStack() as held:
-        for folder in dict.fromkeys(folders):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / LOCK, timeout=0))
-            except Timeout as error:
-                raise UserError(
-                    f"Another command is at work in {folder}",
-                    mend="wait for its end, or choose another --out",
-                ) from error
-            except OSError as error:
-                raise UserError(
-                    f"Cannot write {folder} ({error.strerror or error})",
-                    expected="a folder that can be written to",
-                    mend="choose another place with --out",
-                ) from error
-        yield
-
-
-def _one_by_one(work: Callable[[J], T], jobs: Mapping[str, J]) -> Ended[T]:
+def _one_by_one(work: Callable[[J], T], jobs: Mapping[str, J]) -> Outcome[T]:
     done, failed = dict[str, T](), dict[str, str]()
     for name, job in jobs.items():
         log.info("%s ...", name)
@@ -164,7 +132,7 @@ def _one_by_one(work: Callable[[J], T], jobs: Mapping[str, J]) -> Ended[T]:
         except (UserError, *limits.ERRORS) as error:
             failed[name] = _reason(error)
             log.error("%s failed. %s", name, failed[name])
-    return Ended(done=done, failed=failed)
+    return Outcome(done=done, failed=failed)
 
 
 def _told(work: Callable[[J], T], name: str, job: J, parent: int | None) -> _Report:

@@ -109,7 +109,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
     Refusal
         If the model has no basis to predict one of them; nothing was trained then.
     UserError
-        If the folder holds another run, or training diverges.
+        If the folder holds another run, another command is at work in it, or training diverges.
     """
     devices.join(options.timeout)
     folder, watch = Path(out), watch or Watch()
@@ -140,23 +140,20 @@ def train(  # noqa: PLR0913 - each is one independent choice
         for note in transfer.leaks(stage, record, split):
             log.info(note)
     refuse_unknown(network, wanted)
-    earlier = devices.on_first(lambda: Record.read(folder) if (folder / RECORD).exists() else None)
-    if earlier is not None:
-        _check_same(earlier, record, folder, split, screen)
-        if earlier.finished:
-            log.info("%s is finished already; it is used as it is", folder)
-            return Run.load(folder, screen=screen, device=options.device)
-    else:
+    if _finished(record, folder, split, screen):
+        log.info("%s is finished already; it is used as it is", folder)
+        return Run.load(folder, screen=screen, device=options.device)
+    with devices.alone(folder):
         devices.on_first(lambda: _open(folder, split, network, record))
-    if isinstance(stage, Recipe):
-        log.info("the first stage is trained in %s", folder / STAGE_ONE)
-        stage = dataclasses.replace(stage, train=_alike(stage.train, recipe.train))
-        earlier_stage = train(stage, screen, split, out=folder / STAGE_ONE, options=options, watch=watch)
-        network.take(earlier_stage.model)
-    steps = _optimize(network, prepared, split, folder, watch.begins(recipe.train), options, watch)
-    validate.choose(network, prepared, split.validation, recipe.train.seed)
-    record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
-    record = devices.on_first(lambda: save_run(folder, network, record))
+        if isinstance(stage, Recipe):
+            log.info("the first stage is trained in %s", folder / STAGE_ONE)
+            stage = dataclasses.replace(stage, train=_alike(stage.train, recipe.train))
+            earlier = train(stage, screen, split, out=folder / STAGE_ONE, options=options, watch=watch)
+            network.take(earlier.model)
+        steps = _optimize(network, prepared, split, folder, watch.begins(recipe.train), options, watch)
+        validate.choose(network, prepared, split.validation, recipe.train.seed)
+        record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
+        record = devices.on_first(lambda: save_run(folder, network, record))
     return Run(folder=folder, model=network.eval(), record=record, split=split, screen=prepared)
 
 
@@ -237,14 +234,18 @@ def _panel(first: Model, screen: Screen, options: Options) -> tuple[str, ...]:
 
 
 def _open(folder: Path, split: Split, network: Model, record: Record) -> None:
-    """Write what a run folder has before training."""
-    split.write(folder / SPLIT)
-    write_spec(network.spec, folder)
-    record.write(folder)
+    """Write what a run folder has before training, where it was not begun yet."""
+    if not (folder / RECORD).exists():
+        split.write(folder / SPLIT)
+        write_spec(network.spec, folder)
+        record.write(folder)
 
 
-def _check_same(earlier: Record, record: Record, folder: Path, split: Split, screen: Screen) -> None:
-    """Refuse to continue or to reuse a run that was asked for differently."""
+def _finished(record: Record, folder: Path, split: Split, screen: Screen) -> bool:
+    """Whether the folder holds this very run, finished; one that was asked for differently is refused."""
+    earlier = devices.on_first(lambda: Record.read(folder) if (folder / RECORD).exists() else None)
+    if earlier is None:
+        return False
     before, now = earlier.asked(), record.asked()
     different = [key for key in now if before[key] != now[key]]
     if "screen" not in different and splits.read(folder / SPLIT, screen) != split:
@@ -257,6 +258,7 @@ def _check_same(earlier: Record, record: Record, folder: Path, split: Split, scr
             expected="an empty folder, or the same command again to continue it",
             mend=alike * ("batches" in different) + "choose another --out, or remove the folder",
         )
+    return earlier.finished
 
 
 def _optimize(  # noqa: PLR0913, PLR0917 - all that training depends on

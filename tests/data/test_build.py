@@ -11,6 +11,7 @@ import pytest
 import scanpy as sc
 
 import knockon as ko
+from knockon import files
 from knockon.data import build
 from knockon.data.chunks import Sizes
 from knockon.data.conventions import Columns
@@ -249,6 +250,7 @@ def test_a_finished_store_is_left_alone(plain, tmp_path):
 
 
 def test_two_at_once_are_kept_apart(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
     sort, met = build._Builder._sort, []
 
     def sorting(builder):

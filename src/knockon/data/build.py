@@ -29,8 +29,7 @@ from knockon.data.memory import bytes_of, written
 from knockon.data.recognize import Design
 from knockon.data.screen import Screen, digest_of, notes_of, read
 from knockon.data.values import Scale, Survey, blocks, scale
-from knockon.files import digest, from_plain, read_json, write_json
-from knockon.jobs import alone
+from knockon.files import alone, digest, from_plain, read_json, write_json
 from knockon.progress import bar
 from knockon.types import UserError
 

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from knockon import models
 from knockon.cli import COMMANDS, main
+from knockon.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,22 @@ def test_compare_and_report(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "cmp" / "report.html").exists()
     main(["report", f"{tmp_path}/cmp", "--out", f"{tmp_path}/report.html"])
     assert "scdfm" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_that_fails_keeps_nobody_from_the_report(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("No luck")
+
+    monkeypatch.setattr(models.load("nearest").Nearest, "fit_statistics", fail)
+    command = ["compare", "--data", f"{folder}/tiny.h5ad", "--cells", "16", "--models", "nearest"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--out", f"{tmp_path}/cmp"])
+    said = capsys.readouterr()
+    assert "Failed: nearest (No luck)" in said.err
+    assert f"{tmp_path}/cmp/report.html" in said.out
+    assert "mean_shift" in (tmp_path / "cmp" / "report.html").read_text()
 
 
 def test_train_options_reach_the_model(folder: Path, tmp_path: Path) -> None:

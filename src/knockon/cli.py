@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-import pandas as pd
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from knockon import devices, limits, models
 from knockon.commands.common import Command, Data, Flat, Folder, Predicted, read_screen, say, show
+from knockon.commands.compare import Compare
 from knockon.commands.export import Export
 from knockon.commands.generation import Embed, Generate, Predict
 from knockon.commands.prepare import Prepare
 from knockon.commands.rank import Rank
-from knockon.compare import compare, compare_all
 from knockon.data import arrays, inspect, simulate, splits
 from knockon.data.conventions import Columns
 from knockon.data.h5ad import write_h5ad
@@ -37,7 +36,6 @@ from knockon.forecast import forecast
 from knockon.interrupt import Ended, ended_by_sigterm
 from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options, train
-from knockon.trial import Comparison
 from knockon.types import UserError
 
 log = logging.getLogger("knockon")
@@ -235,54 +233,9 @@ class Evaluate(Command):
         with arrays.computing(self.cluster):
             pairs = Pairs.of(found, screen, split)
             verdict = scores.judge(pairs, split, self.suite, seed=self.seed, out=self.out)
-        _table(verdict.write(self.out) if self.out else verdict.summary)
+        show(tables.render(verdict.write(self.out) if self.out else verdict.summary))
         for line in flags.describe(verdict.flags) if verdict.flags is not None else ():
             say(f"flag {line}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare(Command):
-    """Train, predict and score several models, and print one table."""
-
-    data: Path
-    """A screen: .h5ad, .zarr, or a store of `knockon prepare`."""
-    out: Path
-    """Folder of the comparison; running it again does only what is missing."""
-    split: tuple[str, ...] = ("additive",)
-    """Kinds of split, or .json files; each of several is compared in a folder of its own."""
-    seeds: tuple[int, ...] = ()
-    """Several in the place of --seed; each is compared in a folder of its own."""
-    comparison: Annotated[Comparison, Flat] = Comparison()
-    options: Annotated[Options, Flat] = Options(quiet=False)
-    columns: Annotated[Columns, Flat] = Columns()
-
-    def run(self) -> None:
-        """Compare, print and report."""
-        screen = read_screen(self.data, self.columns)
-        held_out = {Path(text).stem: splits.make(text, screen) for text in self.split}
-        if len(held_out) < len(self.split):
-            raise UserError("Splits of one name", offenders=self.split, mend="name the files differently")
-        seeds = self.seeds or (self.comparison.seed,)
-        if len(self.split) * len(seeds) == 1:
-            how = dataclasses.replace(self.comparison, seed=seeds[0])
-            (split,) = held_out.values()
-            _table(compare(screen, split, out=self.out, comparison=how, options=self.options))
-            _report(self.out)
-            return
-        found = compare_all(
-            screen, held_out, seeds, out=self.out, comparison=self.comparison, options=self.options
-        )
-        for name, summary in found.items():
-            say(f"{name}, means over {len(set(seeds))} seeds:")
-            _table(summary)
-        for folder in [self.out / f"{name}-seed{seed}" for name in held_out for seed in dict.fromkeys(seeds)]:
-            _report(folder)
-
-
-def _report(folder: Path) -> None:
-    for draw, path in ((page.write, folder / "report.html"), (page.picture, folder / "scores.png")):
-        draw(folder, path)
-        say(str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +341,3 @@ def _option(arguments: Sequence[str], name: str) -> list[str]:
         if argument == name:
             return list(arguments[i : i + 2])
     return []
-
-
-def _table(summary: pd.DataFrame) -> None:
-    show(tables.render(summary))

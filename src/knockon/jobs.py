@@ -24,6 +24,10 @@ T = TypeVar("T")
 log = logging.getLogger("knockon")
 
 
+class Unfinished(UserError):  # noqa: N818 (not the program's error)
+    """Some jobs failed, and the others are done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome(Generic[T]):
     """What became of some jobs, by their names: what they returned, or why they failed."""
@@ -41,14 +45,14 @@ class Outcome(Generic[T]):
         Raises
         ------
         UserError
-            If there is one; with nothing but its message where all failed of the same.
+            If there is one; ``Unfinished``, unless all failed of the same.
         """
         if not self.failed:
             return
         texts = {text.rstrip(".") for text in self.failed.values()}
         if len(texts) == 1 and not self.done:
             raise UserError(texts.pop())
-        raise UserError(
+        raise Unfinished(
             "Failed",
             offenders=[f"{name} ({text.rstrip('.')})" for name, text in self.failed.items()],
             mend="the others are kept; the same command does only what is missing",

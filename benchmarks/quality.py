@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality [--only training generation] [--variants default paper ...] [--threads 1]
 
-On the simulated screen `demo` with a seed that nothing else uses. Scores are those of validation conditions,
-which no model was trained on and by which only the weight of `pulled` was chosen. A training is done anew for
+On the simulated screen `demo` with a seed that nothing else uses: its held-out conditions are for choosing
+samplers and schedules by, and no result is ever told of them. A training is done anew for
 each number of steps, so that its schedule ends there. Seconds are of the processor, all cores together, so
 that other work on the machine counts little.
 """
@@ -34,10 +34,10 @@ from knockon.train import train
 
 SEED = 301
 METRICS = ("mse", "pearson_delta", "energy_distance", "variance_corr", "zero_fraction_error")
-STEPS = (50, 100, 200, 400, 700)
+STEPS = (25, 100, 350, 700)
 SAMPLERS: tuple[tuple[Method, int], ...] = (
-    ("rk4_38", 20), ("rk4_38", 5), ("rk4_38", 2), ("heun", 6), ("heun", 3), ("midpoint", 3),
-    ("euler", 21), ("euler", 11), ("euler", 6), ("euler", 4), ("euler", 3), ("euler", 2),
+    ("rk4_38", 20), ("rk4_38", 5), ("rk4_38", 2), ("heun", 6), ("heun", 3), ("midpoint", 3), ("midpoint", 2),
+    ("euler", 21), ("euler", 11), ("euler", 6), ("euler", 3),
 )  # fmt: skip
 """The first is that of the released program."""
 
@@ -72,19 +72,18 @@ VARIANTS: Mapping[str, Variant] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A screen with validation conditions to score, and how many cells of each."""
+    """A screen with held-out conditions to choose by, and how many cells of each."""
 
     screen: Screen
     split: Split
     cells: int
 
     def score(self, run: Run) -> tuple[pd.DataFrame, float]:
-        """Scores of each validation condition by the metrics, and the seconds of their generation."""
+        """Scores of each held-out condition by the metrics, and the seconds of their generation."""
         began = time.process_time()
-        made = run.predict(list(self.split.validation), cells=self.cells)
+        made = run.predict(self.split.test, cells=self.cells)
         seconds = time.process_time() - began
-        asked = replace(self.split, test=self.split.validation, validation=())
-        found = evaluate(made, self.screen, asked)
+        found = evaluate(made, self.screen, self.split)
         ours = found[found["model"] == run.record.model]
         return ours.pivot_table(index="condition", columns="metric", values="value")[list(METRICS)], seconds
 
@@ -159,14 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    parser.add_argument("--cells", type=int, default=128, help="generated cells of each condition")
+    parser.add_argument("--cells", type=int, default=64, help="generated cells of each condition")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     screen = Screen.from_anndata(simulate(replace(demo(), seed=SEED)))
     trial = Trial(screen=screen, split=splits.make("additive", screen), cells=options.cells)
     parts = [
-        f"{machine(torch.device('cpu'))}. {len(trial.split.validation)} validation conditions, "
+        f"{machine(torch.device('cpu'))}. {len(trial.split.test)} held-out conditions, "
         f"{options.cells} generated cells of each. Bold: differs from the reference, the first line of the "
         "table, beyond a 95 % t-interval over conditions."
     ]

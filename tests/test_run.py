@@ -7,6 +7,7 @@ import pytest
 
 from knockon.data import simulate, splits
 from knockon.data.screen import Screen
+from knockon.files import LOCK
 from knockon.record import RECORD, SPEC, SPLIT, WEIGHTS, Record, read_spec, write_spec
 from knockon.run import Run
 from knockon.train import train
@@ -37,7 +38,7 @@ def test_a_loaded_run_predicts_the_same_bits(run: Run) -> None:
 def test_everything_is_plain(run: Run) -> None:
     names = {path.name for path in run.folder.rglob("*") if path.is_file()}
     assert names >= {WEIGHTS, RECORD, SPEC, SPLIT}
-    assert {Path(name).suffix for name in names} <= {".json", ".jsonl", ".safetensors"}
+    assert {Path(name).suffix for name in names - {LOCK}} <= {".json", ".jsonl", ".safetensors"}
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, SPEC, SPLIT])

@@ -13,10 +13,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from knockon.data.conventions import Columns
+from knockon.data.formats import about
 from knockon.data.h5ad import read_h5ad, write_h5ad
 from knockon.data.screen import Screen, read
 from knockon.data.splits import Split
-from knockon.data.store import about
 from knockon.evaluate import flags, scores, suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.report.portrait import Album

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from knockon import devices
 from knockon.data import arrays, graph, prepare, values
 from knockon.data.screen import Screen
 from knockon.types import UserError
@@ -119,6 +120,9 @@ def test_results_take_room_too(both, small, monkeypatch):
     for room, threads in ((4 * block, 1), (2 * block + 5 * table, 2), (9 * (block + table), 4)):
         with arrays.computing(memory=room):
             assert arrays.threads(there.matrix, table) == threads
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(devices, "neighbors", lambda: 4)
+                assert arrays.threads(there.matrix, table) == min(threads, 8 // 4)
             most.clear()
             graph.correlation(there.matrix, there.every)
         assert 0 < max(most) <= threads

@@ -20,9 +20,9 @@ from knockon.commands.common import (
     show,
 )
 from knockon.data.conventions import Columns
+from knockon.data.formats import read_obs
 from knockon.data.h5ad import write_h5ad
 from knockon.data.screen import Screen
-from knockon.data.store import read_obs
 from knockon.embed import CHUNK as EMBEDDED_AT_ONCE
 from knockon.embed import refuse_without_embedding
 from knockon.evaluate import reconstruction

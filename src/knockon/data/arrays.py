@@ -22,6 +22,7 @@ from dask.delayed import delayed
 from dask.system import CPU_COUNT
 from jaxtyping import Float, Int
 
+from knockon import devices
 from knockon.cluster import client
 from knockon.data import values as expression
 from knockon.data.memory import free_memory
@@ -248,12 +249,14 @@ def threads(matrix: Matrix, result: int = 0) -> int:
     """Threads of this process that work on blocks at a time: as many as have room for dense ones.
 
     Each also holds a result and the one that is merged into it, in bytes; and there is one of all so far.
+    Other processes of ``torchrun`` on this machine have their shares of its memory and cores.
     """
     asked = dask.config.get("num_workers", None)
     given = dask.config.get(ROOM, None)
-    room = free_memory() // 4 if given is None else given
+    beside = devices.neighbors()
+    room = free_memory() // (4 * beside) if given is None else given
     block = PASSES * 8 * expression.BLOCK * cast(tuple[int, int], matrix.shape)[1]
-    return asked or max(1, min(THREADS, CPU_COUNT, (room - result) // (block + 2 * result)))
+    return asked or max(1, min(THREADS, CPU_COUNT // beside, (room - result) // (block + 2 * result)))
 
 
 def _width(matrix: Matrix, result: int) -> int:

@@ -12,6 +12,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from knockon.data.conventions import Columns
+from knockon.data.formats import Stored, load, stay_inside
 from knockon.data.manifest import Manifest, is_store
 from knockon.data.recognize import (
     PERTURBATION_COLUMNS,
@@ -22,7 +23,6 @@ from knockon.data.recognize import (
 )
 from knockon.data.screen import refuse_duplicates, refuse_other_columns
 from knockon.data.splits import singles
-from knockon.data.store import Stored, load, stay_inside
 from knockon.data.values import Scale, Survey, scale, survey
 from knockon.progress import bar
 from knockon.types import Label, UserError

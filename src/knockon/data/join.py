@@ -13,10 +13,10 @@ import scipy.sparse as sp
 from jaxtyping import Int
 
 from knockon.data.conventions import Columns
+from knockon.data.formats import Stored, load
 from knockon.data.manifest import Genes, Input
 from knockon.data.recognize import Design, read_covariates, recognize
 from knockon.data.screen import refuse_duplicates
-from knockon.data.store import Stored, load
 from knockon.data.values import BLOCK, OnDisk
 from knockon.files import digest
 from knockon.types import UserError

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from knockon.data.arrays import Moments, moments
 from knockon.data.chunks import Names, Sheet
 from knockon.data.conventions import Columns
+from knockon.data.formats import Stored, choose_layer, load, stay_inside
 from knockon.data.manifest import Manifest, is_store
 from knockon.data.recognize import Design, recognize
-from knockon.data.store import Stored, choose_layer, load, stay_inside
 from knockon.data.values import Matrix, OnDisk, Scale, compressed, scale, survey
 from knockon.types import Covariate, Label, Spec, Units, UserError
 

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from jaxtyping import Float, Int
 
-from knockon.data import prepare, recognize, store, values
+from knockon.data import formats, prepare, recognize, values
 from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen, refuse_duplicates
 from knockon.data.split_file import Split, assemble
@@ -205,11 +205,13 @@ def read(
     )
 
 
-def _stored(source: AnnData | str | Path, layer: str | None) -> tuple[store.Stored, Mapping[str, object]]:
+def _stored(source: AnnData | str | Path, layer: str | None) -> tuple[formats.Stored, Mapping[str, object]]:
     """Tables, values in memory, and what knockon noted."""
     if not isinstance(source, AnnData):
-        return store.load(Path(source), layer=layer, option="--pred-layer"), store.read_about(Path(source))
-    store.choose_layer(layer, list(source.layers), has_x=source.X is not None, option="--pred-layer")
+        return formats.load(Path(source), layer=layer, option="--pred-layer"), formats.read_about(
+            Path(source)
+        )
+    formats.choose_layer(layer, list(source.layers), has_x=source.X is not None, option="--pred-layer")
     raw: Any = source.X if layer is None else source.layers[layer]
     if source.isbacked and layer is None:
         raw = raw[:]
@@ -220,8 +222,8 @@ def _stored(source: AnnData | str | Path, layer: str | None) -> tuple[store.Stor
             mend="convert them, or choose another --pred-layer",
         )
     obs, genes = cast(pd.DataFrame, source.obs), tuple(source.var_names.astype(str))
-    stored = store.Stored(obs=obs, genes=genes, values=values.compressed(raw))
-    return stored, store.about(source.uns.get("knockon"))
+    stored = formats.Stored(obs=obs, genes=genes, values=values.compressed(raw))
+    return stored, formats.about(source.uns.get("knockon"))
 
 
 def _column(obs: pd.DataFrame, screen: Screen, reading: Reading, about: Mapping[str, object]) -> str | None:
@@ -230,7 +232,7 @@ def _column(obs: pd.DataFrame, screen: Screen, reading: Reading, about: Mapping[
     return reading.perturbation_key or (own if own in obs.columns and not about else None)
 
 
-def _refuse_impossible(matrix: sp.csr_matrix, stored: store.Stored) -> None:
+def _refuse_impossible(matrix: sp.csr_matrix, stored: formats.Stored) -> None:
     """Refuse values that are no expression, and name their places."""
     if matrix.nnz == 0:
         raise UserError("All predicted values are zero", expected="expression")

@@ -17,9 +17,9 @@ from anndata import AnnData
 from jaxtyping import Float, Int
 
 from knockon.data import conventions, prepare, values
+from knockon.data.formats import read_obs
 from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
-from knockon.data.store import read_obs
 from knockon.evaluate.populations import mean
 from knockon.evaluate.prediction import Prediction, read
 from knockon.predict import all_pairs, draw, groups, unknown

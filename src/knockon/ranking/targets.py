@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 
 from knockon.data import prepare
 from knockon.data.conventions import Columns
+from knockon.data.formats import load
 from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
-from knockon.data.store import load
 from knockon.types import UserError
 
 State = Mapping[str, float] | AnnData

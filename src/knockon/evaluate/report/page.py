@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from knockon.data import store
+from knockon.data import formats
 from knockon.evaluate.report import panel, portrait
 from knockon.evaluate.report.findings import Findings, RunCard, of_ours, sign
 from knockon.evaluate.report.payload import payload
@@ -215,7 +215,7 @@ def _command(found: Findings) -> str:
 def _prediction(folder: Path, name: str) -> Mapping[str, Any]:
     """Read what the prediction of a run says of itself; nothing where it was not kept."""
     path = folder / "predictions" / f"{name}.h5ad"
-    return store.read_about(path) if path.exists() else {}
+    return formats.read_about(path) if path.exists() else {}
 
 
 def _text(name: str) -> str:

@@ -1,8 +1,11 @@
+import pickle
+
+import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from knockon.data import values
+from knockon.data import formats, values
 from knockon.types import UserError
 
 from .screens import counts, log1p
@@ -56,3 +59,14 @@ def test_blocks_cover_all_rows_in_order(monkeypatch):
     assert (sp.vstack(list(values.blocks(matrix))).toarray() == counts(50)).all()
     rows = np.array([3, 49, 3, 8, 1, 0, 20, 31, 2])
     assert (sp.vstack(list(values.blocks(matrix, rows))).toarray() == counts(50)[rows]).all()
+
+
+def test_a_file_that_takes_the_place_of_another_is_read(tmp_path):
+    """Values on disk travel as their place, and another process may have met the place before."""
+    path, found = tmp_path / "cells.h5ad", []
+    for times in (1, 2):
+        (tmp_path / "new.h5ad").unlink(missing_ok=True)
+        ad.AnnData(sp.csr_matrix(counts(50) * times)).write_h5ad(tmp_path / "new.h5ad")
+        (tmp_path / "new.h5ad").replace(path)
+        found.append(pickle.loads(pickle.dumps(formats.load(path, backed=True).values))[:].sum())
+    assert found[1] == 2 * found[0]

@@ -123,13 +123,14 @@ def _place(data: Any) -> Any:
 
 def _opened(place: Any, total: float | None, genes: np.ndarray | None) -> OnDisk:
     if isinstance(place, tuple):
-        place = _element(*place)
+        state = Path(place[0]).stat()
+        place = _element(*place, (state.st_ino, state.st_mtime_ns))
     return OnDisk(data=place, total=total, genes=genes)
 
 
 @lru_cache(maxsize=4)
-def _element(path: str, name: str) -> Any:
-    """Open values once in a process, since every block of them travels there alone."""
+def _element(path: str, name: str, _: tuple[int, int]) -> Any:
+    """Open values once in a process, since every block travels there alone; another file there is another."""
     store = zarr.open_group(path, mode="r") if Path(path).is_dir() else h5py.File(path, "r")
     element: Any = store[name]
     return element if isinstance(element, h5py.Dataset | zarr.Array) else sparse_dataset(element)

@@ -23,6 +23,8 @@ Method = Literal["euler", "midpoint", "heun", "rk4", "rk4_38"]
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """Velocity of a state at a time, a scalar tensor."""
+Clock = Callable[[Tensor], Tensor]
+"""What a state moves along with, at a time: a number, or one for each entry of the state."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ def evaluations(method: Method, points: int) -> int:
 
 
 def integrate(
-    field: Field, x: Float[Tensor, "*shape"], times: Float[Tensor, "points"], method: Method
+    field: Field,
+    x: Float[Tensor, "*shape"],
+    times: Float[Tensor, "points"],
+    method: Method,
+    clock: Clock = lambda t: t,
 ) -> Float[Tensor, "*shape"]:
     """Return the state at the last time, from the state at the first one.
 
@@ -65,8 +71,10 @@ def integrate(
     ----------
     times
         Grid, in the order of travel; it may run backwards.
+    clock
+        ``field`` is the derivative by it, and not by time. Euler and the midpoint rule keep their order.
     """
-    for state in _states(field, x, times, method):
+    for state in _states(field, x, times, method, clock):
         x = state
     return x
 
@@ -75,17 +83,18 @@ def trajectory(
     field: Field, x: Float[Tensor, "*shape"], times: Float[Tensor, "points"], method: Method
 ) -> Float[Tensor, "points *shape"]:
     """Return the states at all times of the grid, the first one included."""
-    return torch.stack([x, *_states(field, x, times, method)])
+    return torch.stack([x, *_states(field, x, times, method, lambda t: t)])
 
 
-def _states(field: Field, x: Tensor, times: Tensor, method: Method) -> Iterator[Tensor]:
+def _states(field: Field, x: Tensor, times: Tensor, method: Method, clock: Clock) -> Iterator[Tensor]:
     rule = TABLEAUS[method]
     for start, stop in pairwise(times):
-        step = stop - start
+        began = clock(start)
         slopes: list[Tensor] = []
         for node, stage in zip(rule.nodes, rule.stages, strict=True):
-            slopes.append(field(_move(x, step, stage, slopes), start + node * step))
-        x = _move(x, step, rule.weights, slopes)
+            at = start + node * (stop - start)
+            slopes.append(field(_move(x, (clock(at) - began) / (node or 1), stage, slopes), at))
+        x = _move(x, clock(stop) - began, rule.weights, slopes)
         yield x
 
 

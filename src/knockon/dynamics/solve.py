@@ -63,7 +63,7 @@ def integrate(
     x: Float[Tensor, "*shape"],
     times: Float[Tensor, "points"],
     method: Method,
-    clock: Clock = lambda t: t,
+    clock: Clock | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Return the state at the last time, from the state at the first one.
 
@@ -72,7 +72,7 @@ def integrate(
     times
         Grid, in the order of travel; it may run backwards.
     clock
-        ``field`` is the derivative by it, and not by time. Euler and the midpoint rule keep their order.
+        ``field`` is the derivative by it and not by time; Euler and the midpoint rule keep their order.
     """
     for state in _states(field, x, times, method, clock):
         x = state
@@ -83,19 +83,26 @@ def trajectory(
     field: Field, x: Float[Tensor, "*shape"], times: Float[Tensor, "points"], method: Method
 ) -> Float[Tensor, "points *shape"]:
     """Return the states at all times of the grid, the first one included."""
-    return torch.stack([x, *_states(field, x, times, method, lambda t: t)])
+    return torch.stack([x, *_states(field, x, times, method, None)])
 
 
-def _states(field: Field, x: Tensor, times: Tensor, method: Method, clock: Clock) -> Iterator[Tensor]:
+def _states(field: Field, x: Tensor, times: Tensor, method: Method, clock: Clock | None) -> Iterator[Tensor]:
     rule = TABLEAUS[method]
     for start, stop in pairwise(times):
-        began = clock(start)
+        step = stop - start
         slopes: list[Tensor] = []
         for node, stage in zip(rule.nodes, rule.stages, strict=True):
-            at = start + node * (stop - start)
-            slopes.append(field(_move(x, (clock(at) - began) / (node or 1), stage, slopes), at))
-        x = _move(x, clock(stop) - began, rule.weights, slopes)
+            moved = _move(x, _passed(clock, start, step, node), stage, slopes)
+            slopes.append(field(moved, start + node * step))
+        x = _move(x, _passed(clock, start, step, 1.0), rule.weights, slopes)
         yield x
+
+
+def _passed(clock: Clock | None, start: Tensor, step: Tensor, node: float) -> Tensor:
+    """Return how far a clock goes in a step, if all of it were like its part until the node."""
+    if clock is None or not node:
+        return step
+    return (clock(start + node * step) - clock(start)) / node
 
 
 def _move(x: Tensor, step: Tensor, coefficients: tuple[float, ...], slopes: list[Tensor]) -> Tensor:

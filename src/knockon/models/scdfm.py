@@ -100,7 +100,7 @@ def default() -> Recipe:
             width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=5
         ),
         train=Training(
-            steps=350, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
+            steps=700, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
             optimizer="adamw", weight_decay=0.01,
         ),
     )  # fmt: skip

@@ -53,39 +53,3 @@ def test_gaussian_velocity_carries_one_gaussian_onto_the_other(rng):
     end = solve.integrate(field, x0, torch.linspace(0, 1, 101, dtype=torch.float64), "rk4")
     score = (x0 - source[0]) / source[1].clamp_min(1e-9)
     torch.testing.assert_close(end, data[0] + data[1] * score, rtol=1e-6, atol=1e-6)
-
-
-def test_resting_coordinates_have_the_same_flow(rng):
-    """Whatever is added to the velocity; the third gene has no deviation."""
-    source, data, x0, _ = gaussians(rng, 50)
-    resting = flow.Resting(source, data)
-
-    def added(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return 0.3 * torch.sin(x.roll(1, -1) + 2 * t)
-
-    def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        base, spread = flow.gaussian_velocity(x, t.expand(len(x)), source, data)
-        return base + spread * added(x, t)
-
-    def turning(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return added(resting.out_of(z, t), t)
-
-    z, fine, coarse = resting.into(x0), *(torch.linspace(0, 1, n, dtype=torch.float64) for n in (401, 9))
-    end = solve.integrate(field, x0, fine, "rk4")
-    torch.testing.assert_close(
-        resting.out_of(solve.integrate(turning, z, fine, "midpoint", resting.angle), fine[-1]),
-        end,
-        rtol=1e-3,
-        atol=1e-3,
-    )
-    # few steps are nearer in these coordinates
-    few = resting.out_of(solve.integrate(turning, z, coarse, "euler", resting.angle), coarse[-1])
-    assert (few - end).abs().mean() < 0.5 * (solve.integrate(field, x0, coarse, "euler") - end).abs().mean()
-
-
-def test_what_rests_is_carried_exactly_in_one_step(rng):
-    source, data, x0, _ = gaussians(rng, 50)
-    resting, times = flow.Resting(source, data), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(resting.out_of(resting.into(x0), times[0]), x0)
-    z = solve.integrate(lambda z, _: torch.zeros_like(z), resting.into(x0), times, "euler", resting.angle)
-    torch.testing.assert_close(resting.out_of(z, times[-1]), data[0] + data[1] * resting.into(x0))

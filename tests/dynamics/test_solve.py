@@ -25,19 +25,6 @@ def test_order_of_convergence(method):
     assert -slope == pytest.approx(solve.TABLEAUS[method].order, abs=0.15)
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint"])
-def test_order_of_convergence_by_a_clock(method):
-    """Of dx/dc = cos(c) x by the clock c = t^2 / 2, whose solution is exp(sin c)."""
-    steps, errors = np.array([20, 40, 80, 160]), []
-    for n in steps:
-        times = torch.linspace(0, 2, n + 1, dtype=torch.float64)
-        x, clock = torch.ones(1, dtype=torch.float64), lambda t: t**2 / 2
-        end = solve.integrate(lambda x, t: torch.cos(t**2 / 2) * x, x, times, method, clock)
-        errors.append(abs(end.item() - math.exp(math.sin(2))))
-    slope, _ = np.polyfit(np.log(steps), np.log(errors), 1)
-    assert -slope == pytest.approx(solve.TABLEAUS[method].order, abs=0.15)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_tableaus_are_consistent(method):
     rule = solve.TABLEAUS[method]

@@ -4,8 +4,6 @@
 over the genes here.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -60,34 +58,3 @@ def gaussian_velocity(
     slope = (t * s1.square() - (1 - t) * s0.square()) / variance.clamp_min(1e-12)
     drift = m1 - m0 + slope * (x_t - torch.lerp(m0, m1, t))
     return drift, s0 * s1 / variance.clamp_min(1e-12).sqrt()
-
-
-class Resting(NamedTuple):
-    """Coordinates in which the flow of ``gaussian_velocity`` stands still.
-
-    With the mean m_t and the deviation s_t of the Gaussian at t, ``z = (x_t - m_t) / s_t`` does not change
-    along that flow. What is added to its velocity, ``spread * v``, moves z by v for each unit of the angle
-    between ``(1 - t) s0`` and ``t s1``: a quarter turn from t = 0 to t = 1, however small s1 is.
-
-    Parameters
-    ----------
-    source, data
-        As for ``gaussian_velocity``.
-    """
-
-    source: tuple[Float[Tensor, "*#cells genes"], Float[Tensor, "genes"]]
-    data: tuple[Float[Tensor, "*#cells genes"], Float[Tensor, "genes"]]
-
-    def into(self, x: Float[Tensor, "*cells genes"]) -> Float[Tensor, "*cells genes"]:
-        """Return z of a state at t = 0."""
-        mean, deviation = self.source
-        return (x - mean) / deviation.clamp_min(1e-12)
-
-    def out_of(self, z: Float[Tensor, "*cells genes"], t: Float[Tensor, ""]) -> Float[Tensor, "*cells genes"]:
-        """Return the state at t."""
-        (m0, s0), (m1, s1) = self.source, self.data
-        return torch.lerp(m0.expand_as(z), m1.expand_as(z), t) + torch.hypot((1 - t) * s0, t * s1) * z
-
-    def angle(self, t: Float[Tensor, ""]) -> Float[Tensor, "genes"]:
-        """Return how far each gene has turned, 0 to pi / 2."""
-        return torch.atan2(t * self.data[1], (1 - t) * self.source[1])

@@ -23,8 +23,6 @@ Method = Literal["euler", "midpoint", "heun", "rk4", "rk4_38"]
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """Velocity of a state at a time, a scalar tensor."""
-Clock = Callable[[Tensor], Tensor]
-"""What a state moves along with, at a time: a number, or one for each entry of the state."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,7 @@ def evaluations(method: Method, points: int) -> int:
 
 
 def integrate(
-    field: Field,
-    x: Float[Tensor, "*shape"],
-    times: Float[Tensor, "points"],
-    method: Method,
-    clock: Clock | None = None,
+    field: Field, x: Float[Tensor, "*shape"], times: Float[Tensor, "points"], method: Method
 ) -> Float[Tensor, "*shape"]:
     """Return the state at the last time, from the state at the first one.
 
@@ -71,10 +65,8 @@ def integrate(
     ----------
     times
         Grid, in the order of travel; it may run backwards.
-    clock
-        ``field`` is the derivative by it and not by time; Euler and the midpoint rule keep their order.
     """
-    for state in _states(field, x, times, method, clock):
+    for state in _states(field, x, times, method):
         x = state
     return x
 
@@ -83,26 +75,18 @@ def trajectory(
     field: Field, x: Float[Tensor, "*shape"], times: Float[Tensor, "points"], method: Method
 ) -> Float[Tensor, "points *shape"]:
     """Return the states at all times of the grid, the first one included."""
-    return torch.stack([x, *_states(field, x, times, method, None)])
+    return torch.stack([x, *_states(field, x, times, method)])
 
 
-def _states(field: Field, x: Tensor, times: Tensor, method: Method, clock: Clock | None) -> Iterator[Tensor]:
+def _states(field: Field, x: Tensor, times: Tensor, method: Method) -> Iterator[Tensor]:
     rule = TABLEAUS[method]
     for start, stop in pairwise(times):
         step = stop - start
         slopes: list[Tensor] = []
         for node, stage in zip(rule.nodes, rule.stages, strict=True):
-            moved = _move(x, _passed(clock, start, step, node), stage, slopes)
-            slopes.append(field(moved, start + node * step))
-        x = _move(x, _passed(clock, start, step, 1.0), rule.weights, slopes)
+            slopes.append(field(_move(x, step, stage, slopes), start + node * step))
+        x = _move(x, step, rule.weights, slopes)
         yield x
-
-
-def _passed(clock: Clock | None, start: Tensor, step: Tensor, node: float) -> Tensor:
-    """Return how far a clock goes in a step, if all of it were like its part until the node."""
-    if clock is None or not node:
-        return step
-    return (clock(start + node * step) - clock(start)) / node
 
 
 def _move(x: Tensor, step: Tensor, coefficients: tuple[float, ...], slopes: list[Tensor]) -> Tensor:

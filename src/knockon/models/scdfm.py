@@ -97,7 +97,7 @@ def default() -> Recipe:
     """
     return Recipe(
         model=Config(
-            width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=5
+            width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=11
         ),
         train=Training(
             steps=700, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
@@ -248,13 +248,9 @@ class SCDFM(PulledModel):
         v = self.network(x_t, t, known, rng)
         if not self.config.gaussian_base:
             return v
-        base, spread = flow.gaussian_velocity(x_t, t, *self.base(genes, mean))
-        return base + spread * v
-
-    def base(self, genes: Int[Tensor, "genes"], mean: Float[Tensor, "cells genes"] | None) -> flow.Resting:
-        """Mean and deviation of each gene at t = 0 and at t = 1, where the velocity has a Gaussian base."""
         (m0, s0), (m1, s1) = self.source_moments[:, genes], self.data_moments[:, genes]
-        return flow.Resting((m0, s0), (m1 if mean is None else mean, s1))
+        base, spread = flow.gaussian_velocity(x_t, t, (m0, s0), (m1 if mean is None else mean, s1))
+        return base + spread * v
 
     def mean(self, condition: Condition) -> Float[Tensor, "sets genes"]:
         """Mean of the Gaussian that paths are expected to end in."""
@@ -309,17 +305,12 @@ class SCDFM(PulledModel):
         times: Float[Tensor, "points"],
         rng: torch.Generator | None,
     ) -> Float[Tensor, "cells genes"]:
-        """Carry states from t = 0 to t = 1: a Gaussian base exactly, and by steps what the network adds."""
-        base = self.base(genes, start.mean) if self.config.gaussian_base else None
+        """Carry states from t = 0 to t = 1."""
 
         def field(x: Tensor, t: Tensor) -> Tensor:
-            x_t = x if base is None else base.out_of(x, t)
-            return self.network(x_t, t.expand(len(x)), start.known, rng)
+            return self.velocity(genes, x, t.expand(len(x)), start.known, rng, mean=start.mean)
 
-        if base is None:
-            return solve.integrate(field, start.x, times, self.config.solver)
-        z = solve.integrate(field, base.into(start.x), times, self.config.solver, base.angle)
-        return base.out_of(z, times[-1])
+        return solve.integrate(field, start.x, times, self.config.solver)
 
 
 class Start(NamedTuple):

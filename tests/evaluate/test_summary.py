@@ -103,6 +103,7 @@ def test_an_interval_needs_two_conditions():
     assert (table.loc[1, "low"], table.loc[1, "high"]) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_mean_of_the_population_as_often_as_they_say():
     draw = np.random.default_rng(0)
     samples = long({str(i): {"mse": list(draw.normal(size=40))} for i in range(300)})
@@ -206,6 +207,7 @@ def test_a_group_is_the_mean_of_its_metrics():
     assert (both["metrics"], both["conditions"]) == (2, 24)
 
 
+@pytest.mark.slow
 def test_intervals_of_calibrated_scores_cover_as_often_as_they_say():
     tables = [calibrate(many(seed, 0.5), {"both": ["mse", "pearson_delta"]}) for seed in range(60)]
     lines = [group(table, "mine", "both") for table in tables]

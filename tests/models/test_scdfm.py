@@ -195,6 +195,7 @@ def test_closed_gates_leave_the_gaussian_velocity(rng):
     assert velocity(model, torch.arange(GENES), x, control).any()
 
 
+@pytest.mark.slow
 def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
     mean, std = torch.rand(GENES, generator=rng) + 4, torch.rand(GENES, generator=rng) + 0.1
     cells = (mean + std * torch.randn(1000, GENES, generator=rng)).numpy()

@@ -164,6 +164,7 @@ def test_copies_do_not_count(rng):
     torch.testing.assert_close(loss(latents), loss(other))
 
 
+@pytest.mark.slow
 def test_the_flow_learns_a_latent_distribution(rng):
     """Two conditions, each a point with noise: the generated latents find them."""
     model = build(lively=False, steps=20)

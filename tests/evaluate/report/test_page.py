@@ -324,6 +324,7 @@ def test_arrays_are_packed_within_half_a_step(values):
     np.testing.assert_allclose(found[there] * packed["step"], array[there], atol=0.51 * packed["step"])
 
 
+@pytest.mark.slow
 def test_a_hundred_conditions_of_five_thousand_genes_and_nine_models_stay_small(large_folder, tmp_path):
     write(large_folder, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 15e6

@@ -132,6 +132,7 @@ def _without_own_gene(name: str, folder: Path) -> pd.DataFrame:
     return pd.DataFrame(results.to_dict(as_series=False)).set_index("perturbation")
 
 
+@pytest.mark.slow
 def test_contexts_are_scored_one_by_one(make):
     texts = ["control", "A", "B", "C"]
     screen = make.screen(make.cells(texts, contexts=["T", "B"]), ("cell_type",))

@@ -46,6 +46,7 @@ def scores() -> dict[str, pd.DataFrame]:
         return {name: scored(pairs(name, counts=True), "vcc2026") for name in (*SCALES, "mean")}
 
 
+@pytest.mark.slow
 def test_the_published_table_is_reproduced(scores):
     found = pd.DataFrame({name: table.mean().rename(SHORT) for name, table in scores.items()})
     off = (found.loc[TABLE.index, TABLE.columns] - TABLE).abs()
@@ -59,6 +60,7 @@ def test_the_published_table_is_reproduced(scores):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the package, which is called by itself here
+@pytest.mark.slow
 def test_our_numbers_are_those_of_the_package_on_files(scores, tmp_path, monkeypatch, capfd):
     import cell_eval2  # noqa: PLC0415 (some seconds)
 

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import machine, table
 from knockon import models
 from knockon.data import prepare
+from knockon.data.conventions import Columns
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.data.simulate import demo, simulate
@@ -49,7 +50,7 @@ AXES: Mapping[str, tuple[int, ...]] = {
     "genes": (125, 250, 500, 1000, 2000),
     "cells": (8, 16, 32, 64, 128),
     "sets": (1, 2, 4, 8, 16),
-    "conditions": (20, 40, 80, 160, 320),
+    "conditions": (10, 20, 40, 80, 160),
     "screen": (4000, 8000, 16_000, 32_000, 64_000),
 }
 
@@ -59,7 +60,9 @@ def simulated(genes: int, cells: int, conditions: int) -> Screen:
     config = replace(
         demo(), genes=genes, cells=max(cells, 25 * conditions), singles=conditions, doubles=0, truth_cells=16
     )
-    return Screen.from_anndata(simulate(config))
+    return Screen.from_anndata(
+        simulate(config), columns=Columns(layer="counts")
+    )  # which every model can take
 
 
 class Subject:

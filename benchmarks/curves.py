@@ -60,9 +60,8 @@ def simulated(genes: int, cells: int, conditions: int) -> Screen:
     config = replace(
         demo(), genes=genes, cells=max(cells, 25 * conditions), singles=conditions, doubles=0, truth_cells=16
     )
-    return Screen.from_anndata(
-        simulate(config), columns=Columns(layer="counts")
-    )  # which every model can take
+    # counts, which every model can take
+    return Screen.from_anndata(simulate(config), columns=Columns(layer="counts"))
 
 
 class Subject:

@@ -103,7 +103,7 @@ def compare_all(
         raise UserError(f"{folder} holds the comparison of one split and seed", mend="choose another --out")
     given, trials = _given(screen, comparison, options), dict[str, Trial]()
     for split, seed in names:
-        own, name = dataclasses.replace(comparison, seed=seed), f"{split}-seed{seed}"
+        own, name = dataclasses.replace(comparison, seed=seed), name_of(split, seed)
         trials[name] = _trial(folder / name, given, held_out[split], own, options)
     with alone(folder, *(trial.folder for trial in trials.values())):
         ended = _done(trials, cluster=options.cluster, quiet=options.quiet)
@@ -121,6 +121,11 @@ def compare_all(
     by = ["split", "model", "condition", "metric"]
     means = tables["scores"].groupby(by, sort=False, as_index=False)["value"].mean()
     return {str(split): summarize(part) for split, part in means.groupby("split", sort=False)}
+
+
+def name_of(split: str, seed: int) -> str:
+    """Name the folder of one comparison among several."""
+    return f"{split}-seed{seed}"
 
 
 POOLED = ("split", "seed")

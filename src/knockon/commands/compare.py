@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from knockon.commands.common import Command, Flat, read_screen, say, show
-from knockon.compare import compare, compare_all
+from knockon.compare import compare, compare_all, name_of
 from knockon.data import splits
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
@@ -41,11 +41,12 @@ class Compare(Command):
         if len(held_out) < len(self.split):
             raise UserError("Splits of one name", offenders=self.split, mend="name the files differently")
         seeds = tuple(dict.fromkeys(self.seeds)) or (self.comparison.seed,)
-        folders, failure = [self.out], None
+        folders, compared, failure = [self.out], self._compare, None
         if len(held_out) * len(seeds) > 1:
-            folders = [self.out / f"{name}-seed{seed}" for name in held_out for seed in seeds]
+            folders = [self.out / name_of(name, seed) for name in held_out for seed in seeds]
+            compared = self._compare_all
         try:
-            self._compare(screen, held_out, seeds)
+            compared(screen, held_out, seeds)
         except Unfinished as error:
             failure = error
         for folder in folders:
@@ -55,10 +56,13 @@ class Compare(Command):
             raise failure
 
     def _compare(self, screen: Screen, held_out: Mapping[str, splits.Split], seeds: Sequence[int]) -> None:
-        if len(held_out) * len(seeds) == 1:
-            (split,), how = held_out.values(), replace(self.comparison, seed=seeds[0])
-            show(tables.render(compare(screen, split, out=self.out, comparison=how, options=self.options)))
-            return
+        (split,), (seed,) = held_out.values(), seeds
+        how = replace(self.comparison, seed=seed)
+        show(tables.render(compare(screen, split, out=self.out, comparison=how, options=self.options)))
+
+    def _compare_all(
+        self, screen: Screen, held_out: Mapping[str, splits.Split], seeds: Sequence[int]
+    ) -> None:
         found = compare_all(
             screen, held_out, seeds, out=self.out, comparison=self.comparison, options=self.options
         )

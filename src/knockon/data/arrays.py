@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from knockon import devices
 from knockon.cluster import client
 from knockon.data import values as expression
-from knockon.data.memory import free_memory
+from knockon.data.memory import own_memory
 from knockon.data.values import Matrix, OnDisk
 
 SPAN = 8
@@ -253,10 +253,11 @@ def threads(matrix: Matrix, result: int = 0) -> int:
     """
     asked = dask.config.get("num_workers", None)
     given = dask.config.get(ROOM, None)
-    beside = devices.neighbors()
-    room = free_memory() // (4 * beside) if given is None else given
+    room = own_memory() // 4 if given is None else given
     block = PASSES * 8 * expression.BLOCK * cast(tuple[int, int], matrix.shape)[1]
-    return asked or max(1, min(THREADS, CPU_COUNT // beside, (room - result) // (block + 2 * result)))
+    return asked or max(
+        1, min(THREADS, CPU_COUNT // devices.neighbors(), (room - result) // (block + 2 * result))
+    )
 
 
 def _width(matrix: Matrix, result: int) -> int:

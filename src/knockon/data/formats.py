@@ -1,7 +1,8 @@
 """The files that screens lie in: ``.h5ad`` and ``.zarr``, of which only what is needed is read."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,22 +57,16 @@ def load(path: Path, *, layer: str | None = None, backed: bool = False, option: 
         If the file is missing, damaged or something else, or lacks the layer.
     """
     store = _open(path)
-    try:
+    with _damage_told(path):
         obs, var = _table(store, "obs"), _table(store, "var")
         layers, has_x = list(store["layers"]) if "layers" in store else [], "X" in store
-    except Exception as error:  # damage shows itself as an error of any kind
-        raise _unreadable(path, error) from error
     choose_layer(layer, layers, has_x=has_x, option=option)
-    try:
+    with _damage_told(path):
         element = store["X"] if layer is None else store[f"layers/{layer}"]
         values = _lazy(element, path) if backed else _memory(element)
         shape = cast(tuple[int, int], values.shape)
         if shape != (len(obs), len(var)):
             raise ValueError(f"{shape[0]} x {shape[1]} values for {len(obs)} cells x {len(var)} genes")
-    except UserError:
-        raise
-    except Exception as error:  # damage shows itself as an error of any kind
-        raise _unreadable(path, error) from error
     return Stored(obs=obs, genes=tuple(var.index.astype(str)), values=values)
 
 
@@ -84,10 +79,8 @@ def read_obs(path: Path) -> pd.DataFrame:
         If the file is missing, damaged or something else.
     """
     store = _open(path)
-    try:
+    with _damage_told(path):
         return _table(store, "obs")
-    except Exception as error:  # damage shows itself as an error of any kind
-        raise _unreadable(path, error) from error
 
 
 def read_about(path: Path) -> Mapping[str, object]:
@@ -99,11 +92,9 @@ def read_about(path: Path) -> Mapping[str, object]:
         If the file is missing, damaged or something else.
     """
     store = _open(path)
-    try:
+    with _damage_told(path):
         noted = store.get("uns/knockon")
         return about(read_elem(noted) if isinstance(noted, h5py.Group | zarr.Group) else None)
-    except Exception as error:  # damage shows itself as an error of any kind
-        raise _unreadable(path, error) from error
 
 
 def about(noted: object) -> Mapping[str, object]:
@@ -137,17 +128,24 @@ def _open(path: Path) -> Any:
         raise UserError(
             "No such file", offenders=[path], expected="cells in .h5ad or .zarr", mend="check the path"
         )
-    try:
+    with _damage_told(path):
         if path.is_dir():
             stay_inside(path)
             return zarr.open_group(path, mode="r")
         file = h5py.File(path, "r")
         _refuse_links(file, path)
+        return file
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Name the file whatever goes wrong while it is read: damage shows itself as an error of any kind."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # damage shows itself as an error of any kind
+    except Exception as error:
         raise _unreadable(path, error) from error
-    return file
 
 
 def stay_inside(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from knockon import devices
 from knockon.types import UserError
 
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?i?)B?")
@@ -57,6 +58,11 @@ def free_memory(root: Path = Path("/")) -> int:
         Where ``proc`` and ``sys`` lie.
     """
     return max(0, min(psutil.virtual_memory().available, *_left(root)))
+
+
+def own_memory() -> int:
+    """Return the share of it that is this process's, beside others of ``torchrun`` on this machine."""
+    return free_memory() // devices.neighbors()
 
 
 def _left(root: Path) -> Iterator[int]:

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from knockon import devices
 from knockon.data.chunks import Sheet
-from knockon.data.memory import bytes_of, free_memory, written
+from knockon.data.memory import bytes_of, own_memory, written
 from knockon.data.screen import Screen
 from knockon.data.values import OnDisk
 
@@ -39,5 +38,5 @@ def settle(screen: Screen, memory: str | None = None, *, device: str = "cpu") ->
 
 
 def _free(device: str) -> int:
-    free = free_memory() // devices.neighbors()
+    free = own_memory()
     return min(free, torch.cuda.mem_get_info()[0]) if device.startswith("cuda") else free

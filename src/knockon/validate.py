@@ -10,7 +10,7 @@ from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.model import Model, Training, device_of
-from knockon.nn.counts import log1p_cp10k
+from knockon.nn.counts import normalized
 from knockon.predict import draw
 from knockon.types import CellSets, Label, Spec
 
@@ -69,7 +69,7 @@ def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], traini
             rows = np.random.default_rng(training.seed).choice(rows, MOST, replace=False)
         both = drawn, torch.from_numpy(screen.gather(rows)).to(drawn.device)
         if model.units == "counts":
-            both = tuple(log1p_cp10k(x) for x in both)
+            both = tuple(normalized(x) for x in both)
         distances.append(float(energy_distance(both[0], both[1])))
     distances = devices.joined_on_first(distances)
     return devices.on_first(lambda: float(np.mean(distances)))

@@ -11,7 +11,7 @@ from knockon.data import simulate, splits
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
 from knockon.files import digest
-from knockon.model import Model, Recipe
+from knockon.model import Model, Recipe, fill
 from knockon.models import scldm, scldm_vae
 from knockon.models.scldm import LatentFlow
 from knockon.models.scldm_vae import SetAutoencoder
@@ -34,7 +34,7 @@ BOTH = torch.ones(2, 2, dtype=torch.bool)
 
 def build(*, lively: bool = True, **changes: object) -> LatentFlow:
     torch.manual_seed(0)
-    model = replace(scldm.small().model, **changes).build(SPEC)
+    model = replace(scldm.small().model, **({"pulled": False} | changes)).build(SPEC)
     if lively:
         for parameter in model.network.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -318,9 +318,38 @@ def test_library_sizes_are_those_of_the_control_cells_or_drawn(run: Run, screen:
     sums = {}
     for library in ("control", "condition"):
         model.config = replace(model.config, library=library, counts="means")
-        drawn = model.sample(control, condition, Noise(torch.Generator().manual_seed(0)))
+        drawn = model.make(control, condition, Noise(torch.Generator().manual_seed(0)))
         sums[library] = drawn.sum(-1)[0]
     torch.testing.assert_close(sums["control"], control.sum(-1)[0])
     real = screen.cells_of(label).sum(1)
     assert np.log(real).mean() == pytest.approx(float(sums["condition"].log().mean()), abs=0.2)
     assert not torch.allclose(sums["condition"], sums["control"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", ["sampled", "means"])
+def test_cells_are_moved_as_counts(run: Run, screen: Screen, counts: str):
+    label = run.split.test[0]
+    condition = run.model.spec.encode([label, Label()])
+    control = torch.from_numpy(screen.gather(screen.rows[screen.controls[0]][:200])).expand(2, -1, -1)
+
+    def cells(weight: float, *, method: str = "sample") -> torch.Tensor:
+        model = replace(run.model.config, counts=counts).build(run.model.spec).eval()
+        fill(model, run.model.state_dict())
+        model.weight.fill_(weight)
+        return getattr(model, method)(control, condition, Noise(torch.Generator().manual_seed(0)))
+
+    made, moved = cells(1.0, method="make"), cells(1.0)
+    assert torch.equal(cells(0.0), made)
+    torch.testing.assert_close(moved[1], made[1])  # nothing was done there
+    if counts == "sampled":
+        assert torch.equal(moved, moved.round())
+    wanted = run.model.ripple.expect(condition)[0]
+    before, after = (run.model.to_log1p(x)[0].mean(0) - wanted for x in (made, moved))
+    assert after.square().mean() < 0.05 * before.square().mean()
+
+
+def test_paper_moves_nothing():
+    recipe = scldm.paper()
+    small = replace(scldm.small().model, pulled=recipe.model.pulled)
+    assert small.build(SPEC).ripple is None

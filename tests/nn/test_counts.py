@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from knockon.nn.counts import ABOVE, STEP, Dispersion, single_counts, soften, whole_counts
+from knockon.nn.counts import (
+    ABOVE,
+    STEP,
+    Dispersion,
+    normalized,
+    rounded,
+    single_counts,
+    soften,
+    whole_counts,
+)
 from knockon.types import Noise
 
 GENES = 40
@@ -158,3 +167,17 @@ def test_small_changes_are_undone_and_others_shrunk():
     softened = soften(moved, start, one, 0.1).expm1() / one.expm1()
     torch.testing.assert_close(softened, torch.tensor([[[0.0, 1.0, 3.9, 0.3, 0.1]]]))
     assert softened[0, 0, 0] == 0
+
+
+def test_counts_are_brought_to_a_total():
+    counts = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+    torch.testing.assert_close(normalized(counts, 8.0).expm1(), torch.tensor([[2.0, 6.0], [0.0, 0.0]]))
+    torch.testing.assert_close(normalized(counts).expm1().sum(-1), torch.tensor([10_000.0, 0.0]))
+
+
+def test_rounding_keeps_expectations_and_whole_counts(rng):
+    counts = torch.tensor([0.0, 0.2, 1.5, 6.0 + 1e-6, 7.0 - 1e-6]).expand(1, 20_000, 5)
+    drawn = rounded(counts, Noise(rng))
+    assert torch.equal(drawn, drawn.round())
+    assert drawn[0].mean(0).tolist() == pytest.approx([0.0, 0.2, 1.5, 6.0, 7.0], abs=0.015)
+    assert drawn[0, :, 3:].unique().tolist() == [6.0, 7.0]

@@ -30,7 +30,7 @@ from knockon.evaluate.metrics import FLAT
 from knockon.model import Model, device_of, name_of
 from knockon.models.scldm import LatentFlow
 from knockon.models.scldm_vae import SetAutoencoder
-from knockon.nn.counts import log1p_cp10k
+from knockon.nn.counts import normalized
 from knockon.run import Run
 from knockon.types import Noise, UserError
 
@@ -251,9 +251,9 @@ class Tally:
         self.cells += len(cells)
         self.nll += float(found.nll.double().sum())
         self.agreeing += float(((cells > 0) == (found.samples > 0)).double().mean(1).sum())
-        true = log1p_cp10k(cells.double())
+        true = normalized(cells.double())
         for kind, counts in (("samples", found.samples), ("means", found.means)):
-            made = log1p_cp10k(counts.double())
+            made = normalized(counts.double())
             self.errors[kind] += float((made - true).square().mean(1).sum())
             if kind not in self.around:
                 self.around[kind] = torch.stack([true.mean(0), made.mean(0)])

@@ -46,15 +46,37 @@ class PulledModel(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Make one cell under the condition for each control cell."""
 
+    def to_log1p(self, cells: Float[Tensor, "sets cells genes"]) -> Float[Tensor, "sets cells genes"]:
+        """Bring cells from the units of the model to those of ripple."""
+        return cells
+
+    def from_log1p(
+        self,
+        moved: Float[Tensor, "sets cells genes"],
+        made: Float[Tensor, "sets cells genes"],
+        noise: Noise,
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Bring moved cells to the units of the model.
+
+        Parameters
+        ----------
+        moved
+            As ripple moved them.
+        made
+            The same cells as they were made, in the units of the model.
+        """
+        return moved
+
     @final
     def sample(
         self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Make cells and move them."""
         made = self.make(control, condition, noise)
-        if self.ripple is None or not self.pulled:
+        if self.ripple is None or not self.pulled or not self.weight:
             return made
-        return self.ripple.pull(made, condition, float(self.weight), noise)
+        moved = self.ripple.pull(self.to_log1p(made), condition, float(self.weight), noise)
+        return self.from_log1p(moved, made, noise)
 
     @final
     def choose(self, validation: Sequence[CellSets], seed: int) -> None:
@@ -68,12 +90,13 @@ class PulledModel(Model):
         if not validation:
             return
         noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
-        made = [self.make(one.control, one.condition, noise) for one in validation]
+        made = [self.to_log1p(self.make(one.control, one.condition, noise)) for one in validation]
+        targets = [self.to_log1p(one.target) for one in validation]
         errors = []
         for weight in WEIGHTS:
             noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
             pairs = zip(made, validation, strict=True)
             moved = [self.ripple.pull(cells, one.condition, weight, noise) for cells, one in pairs]
-            distances = [energy_distance(x, one.target) for x, one in zip(moved, validation, strict=True)]
+            distances = [energy_distance(x, y) for x, y in zip(moved, targets, strict=True)]
             errors.append(float(torch.cat(distances).mean()))
         self.weight.fill_(WEIGHTS[errors.index(min(errors))])

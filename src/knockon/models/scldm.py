@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from knockon.data import prepare
 from knockon.data.arrays import totals
 from knockon.dynamics import flow, solve
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training, copy_named
 from knockon.models import scldm_vae
+from knockon.models._pulled import PulledModel
 from knockon.models._released_scldm import from_released
 from knockon.nn.conditions import ClassEncoder
+from knockon.nn.counts import normalized, rounded
 from knockon.nn.latent import LatentArchitecture, LatentTransformer
 from knockon.nn.library import LibrarySizes
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
@@ -67,6 +70,9 @@ class Config(LatentArchitecture, ModelConfig):
     library: Literal["control", "condition"] = "control"
     """Library sizes are those of the control cells beside (not in the paper), or log-normal ones of the
     condition or what is nearest to it; cells without control cells have the latter."""
+    pulled: bool = True
+    """Cells of a condition are moved towards the mean that ripple expects in the end, by a weight that is
+    chosen on validation conditions (not in the paper); cells without control cells are not."""
 
     def build(self, spec: Spec) -> "LatentFlow":
         """Make the model.
@@ -140,7 +146,7 @@ def paper() -> Recipe:
     return Recipe(
         model=Config(
             autoencoder=first.model, stage_one=first.train, hide="all", hidden=0.8, left_per="batch",
-            solver="dopri5", library="condition",
+            solver="dopri5", library="condition", pulled=False,
         ),
         train=Training(
             steps=56_500, sets=128, cells=1, by_cells=True, lr=5e-4, final_lr=5e-5, warmup=5_650,
@@ -160,22 +166,30 @@ def small() -> Recipe:
     )
 
 
-class LatentFlow(Model):
+class LatentFlow(PulledModel):
     """A flow of latent tokens; its autoencoder is frozen, and a part of it."""
 
     units = "counts"
 
+    total: Float[Tensor, ""]
+    """Sum that the counts of a cell are brought to where cells are moved, the median of training cells."""
+
     def __init__(self, config: Config, spec: Spec) -> None:
-        super().__init__(spec)
+        super().__init__(spec, anchored=False, pulled=config.pulled)
         self.config = config
         self.autoencoder = config.autoencoder.build(spec).requires_grad_(requires_grad=False)
         shape = config.autoencoder.latents, config.autoencoder.latent_width
         self.network = LatentTransformer(config, *shape)
         self.conditions = ClassEncoder(spec, config.width)
         self.sizes = LibrarySizes(spec)
+        self.register_buffer("total", torch.ones(()))
 
     def fit_statistics(self, train: "Screen") -> None:
         """Learn library sizes, and note which perturbations and contexts training will have seen."""
+        if self.ripple is not None:
+            logarithms = prepare.fit(train, units="log1p")
+            self.total.fill_(logarithms.total or 1.0)
+            self.ripple.fit_statistics(prepare.apply(train, logarithms))
         self.conditions.fit(self.spec.encode(train.labels))
         every = train.every
         sums = totals(train.matrix, every)
@@ -247,7 +261,24 @@ class LatentFlow(Model):
         """Latent tokens of cells, side by side."""
         return self.autoencoder.embed(cells)
 
-    def sample(
+    def to_log1p(self, cells: Float[Tensor, "sets cells genes"]) -> Float[Tensor, "sets cells genes"]:
+        """Normalize counts."""
+        return normalized(cells, self.total)
+
+    def from_log1p(
+        self,
+        moved: Float[Tensor, "sets cells genes"],
+        made: Float[Tensor, "sets cells genes"],
+        noise: Noise,
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Scale to the library sizes that the cells were made with; sizes change by what was lost and found.
+
+        Drawn counts stay counts, rounded at random.
+        """
+        counts = moved.expm1() * made.sum(-1, keepdim=True) / self.total
+        return rounded(counts, noise) if self.config.counts == "sampled" else counts
+
+    def make(
         self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Draw cells; of control cells, only their library sizes are used, if at all."""

@@ -16,7 +16,7 @@ from knockon.data.arrays import sums
 from knockon.dynamics.likelihood import gaussian_kl, negative_binomial_of_cells
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training
 from knockon.models._released_scldm import autoencoder_from_released as from_released
-from knockon.nn.counts import log1p_cp10k
+from knockon.nn.counts import normalized
 from knockon.nn.sets import EPSILON, SetArchitecture, SetDecoder, SetEncoder, norm
 from knockon.nn.tokens import CountEmbedding, CountEncoder, Tokens, all_genes, expressed_genes
 from knockon.types import CP10K, CellSets, Condition, Noise, Spec, UserError
@@ -236,7 +236,7 @@ class SetAutoencoder(Model):
         mean, inverse = self.decode(latents, sizes)
         with torch.autocast(cells.device.type, enabled=False):
             if self.config.likelihood == "gaussian":
-                return (mean - log1p_cp10k(cells)).square().sum(-1)
+                return (mean - normalized(cells)).square().sum(-1)
             return -negative_binomial_of_cells(cells, mean, inverse)
 
     def draw(

@@ -20,14 +20,25 @@ BELOW = 64
 ABOVE = 16
 """Grid points over factor 1. A gene is scaled up by exp(2) at most; what is missing is switched on."""
 
+NEARLY = 1e-3
+"""Distance from a whole number that is taken for the error of floating-point numbers."""
 LARGEST = 30.0
 """Values from here on, which no cell has, are not turned into counts, which might be infinite."""
 
 
-def log1p_cp10k(counts: Float[Tensor, "*cells genes"]) -> Float[Tensor, "*cells genes"]:
-    """Natural logarithm of 1 + counts per 10,000 of each cell; a cell without counts stays empty."""
+def normalized(
+    counts: Float[Tensor, "*cells genes"], total: float | Float[Tensor, ""] = CP10K
+) -> Float[Tensor, "*cells genes"]:
+    """Natural logarithm of 1 + counts brought to a total for each cell; a cell without counts stays empty."""
     sums = counts.sum(-1, keepdim=True)
-    return (counts * CP10K / torch.where(sums > 0, sums, 1.0)).log1p()
+    return (counts * total / torch.where(sums > 0, sums, 1.0)).log1p()
+
+
+def rounded(counts: Float[Tensor, "sets cells genes"], noise: Noise) -> Float[Tensor, "sets cells genes"]:
+    """Round up or down at random, so that expectations stay; whole numbers stay, but for float error."""
+    nearest = counts.round()
+    drawn = (counts + noise.uniform(counts)).floor()
+    return torch.where((counts - nearest).abs() < NEARLY, nearest, drawn)
 
 
 def single_counts(

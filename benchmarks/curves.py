@@ -109,7 +109,7 @@ def build(recipe: Recipe, screen: Screen) -> Model:
 
 
 def measured(name: str, size: Size) -> tuple[float, float]:
-    """Seconds of a step (the median of five, after one that does not count) and of the set-up."""
+    """Seconds of a step (the median of six, the first and slowest among them) and of the set-up."""
     subject = Subject(models.recipe(name), simulated(size.genes, size.screen, size.conditions), size)
     if not subject.trains:
         return float("nan"), subject.set_up

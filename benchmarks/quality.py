@@ -1,6 +1,6 @@
 """How soon a score is reached: the least training and the least generation that agree with the most.
 
-    python -m benchmarks.quality [--only training generation] [--variants default paper ...] [--threads 1]
+    python -m benchmarks.quality [--only training generation] [--variants default ...] [--threads 1]
 
 On the simulated screen `demo` with a seed that nothing else uses: its held-out conditions are for choosing
 samplers and schedules by, and no result is ever told of them. A training is done anew for

@@ -185,7 +185,30 @@ def test_a_model_that_fails_keeps_nobody_from_the_report(
     said = capsys.readouterr()
     assert "Failed: nearest (No luck)" in said.err
     assert f"{tmp_path}/cmp/report.html" in said.out
+    assert "energy_distance" in said.out
     assert "mean_shift" in (tmp_path / "cmp" / "report.html").read_text()
+    # one that stood in the tables and fails now changes nothing in them
+    kept = (tmp_path / "cmp" / "summary.csv").read_bytes()
+    (tmp_path / "cmp" / "runs" / "additive" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--out", f"{tmp_path}/cmp"])
+    said = capsys.readouterr()
+    assert "additive" in said.err
+    assert "report.html" not in said.out
+    assert (tmp_path / "cmp" / "summary.csv").read_bytes() == kept
+
+
+def test_a_damaged_run_keeps_nobody_from_the_report(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", f"{folder}/tiny.h5ad", "--cells", "16", "--out", f"{tmp_path}/cmp"]
+    main(["train", "nearest", "--data", f"{folder}/tiny.h5ad", "--out", f"{tmp_path}/cmp/runs/nearest"])
+    (tmp_path / "cmp" / "runs" / "nearest" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--models", "nearest"])
+    said = capsys.readouterr()
+    assert "Failed: nearest (" in said.err
+    assert f"{tmp_path}/cmp/report.html" in said.out
 
 
 def test_train_options_reach_the_model(folder: Path, tmp_path: Path) -> None:
@@ -221,6 +244,8 @@ def test_unknown_words(folder: Path, tmp_path: Path, refused: Callable[..., str]
     assert "additive" in refused("train", "no_effect", "--split", "addditive", *data)
     refused("train", "scdfm", "--train.stepz", "3", *data)
     refused("split", folder / "tiny.h5ad", "--kind", "nonsense", "--out", tmp_path / "s.json")
+    for empty in ("--split", "--suite"):
+        assert f"{empty} without any" in refused("compare", *data, empty)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,8 +1,11 @@
 import logging
+import os
 import re
 
+import dask.config
 import pytest
 
+from knockon import cluster
 from knockon.jobs import Outcome, _told, do_all
 from knockon.predict import refuse_few
 from knockon.types import UserError
@@ -70,6 +73,20 @@ def test_a_cluster_that_is_none() -> None:
     pytest.importorskip("distributed")
     with pytest.raises(UserError, match=r"No dask cluster answers at tcp://127\.0\.0\.1:9"):
         do_all(halve, {"a": 2}, cluster="tcp://127.0.0.1:9")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the cluster's own end
+def test_a_killed_worker_is_told_and_a_living_one_knows_its_limit() -> None:
+    distributed = pytest.importorskip("distributed")
+    kind = {"dashboard_address": None, "processes": True, "memory_limit": "1GB"}
+    once = dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    with once, distributed.LocalCluster(n_workers=1, threads_per_worker=1, **kind) as found:
+        address = found.scheduler_address
+        with distributed.Client(address) as client:
+            assert client.submit(cluster.limit).result() == 10**9
+        with pytest.raises(UserError, match=r"killed in the middle of its job.*fewer"):
+            do_all(os._exit, {"a": 1}, cluster=address)
 
 
 @pytest.mark.slow

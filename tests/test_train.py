@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,27 @@ def test_two_commands_do_not_train_in_one_folder(
     assert train(recipe(), screen, split, out=tmp_path / "run").record.finished
 
 
+def test_what_another_command_made_meanwhile_is_neither_mixed_nor_done_again(
+    screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, others = devices.alone, iter([splits.random(screen), split])
+
+    @contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        monkeypatch.undo()
+        train("no_effect", screen, next(others), out=folder)
+        written = (folder / WEIGHTS).stat().st_mtime_ns
+        with alone(folder):
+            yield
+        assert (folder / WEIGHTS).stat().st_mtime_ns == written
+
+    monkeypatch.setattr(devices, "alone", late)
+    with pytest.raises(UserError, match="differs from this one: split"):
+        train("no_effect", screen, split, out=tmp_path / "other")
+    monkeypatch.setattr(devices, "alone", late)
+    assert train("no_effect", screen, split, out=tmp_path / "same").record.finished
+
+
 def test_a_run_that_is_asked_to_end_loses_nothing(
     screen: Screen, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +290,12 @@ def test_a_finished_run_is_not_trained_again(screen: Screen, split: Split, tmp_p
     changed = (first.folder / WEIGHTS).stat().st_mtime_ns
     train("additive", screen, split, out=tmp_path / "run")
     assert (first.folder / WEIGHTS).stat().st_mtime_ns == changed
+
+
+def test_the_same_screen_may_lie_elsewhere(screen: Screen, split: Split, tmp_path: Path) -> None:
+    train("no_effect", dataclasses.replace(screen, source="before.h5ad"), split, out=tmp_path / "run")
+    moved = dataclasses.replace(screen, source="now.h5ad")
+    assert train("no_effect", moved, split, out=tmp_path / "run").record.finished
 
 
 @pytest.mark.parametrize("change", [{"seed": 5}, {"steps": 7}])

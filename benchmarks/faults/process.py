@@ -54,6 +54,14 @@ class Child:
         _, status = os.waitpid(self.pid, 0)
         return self._ended(status)
 
+    def until(self, there: Callable[[], bool]) -> None:
+        """Wait for something that the command makes before its end."""
+        while not there():
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                raise RuntimeError(f"The command ended too soon:\n{self._ended(status).message}")
+            time.sleep(0.001)
+
     def kill_after(self, seconds: float, number: int = signal.SIGKILL) -> Exit | None:
         """Send a signal to the whole group after so long; None where the command was killed by it."""
         while time.monotonic() < self.began + seconds:

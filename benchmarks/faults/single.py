@@ -3,7 +3,6 @@
 import argparse
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,8 +135,7 @@ def _killed(train: Command, base: Path, work: Path) -> Path:
     while True:
         out = fresh(work / "out")
         child = Child.start(train.at(base, out), work / "log")
-        while not [*out.rglob(PREVIOUS)]:
-            time.sleep(0.001)
+        child.until(lambda out=out: bool([*out.rglob(PREVIOUS)]))
         child.kill_after(0)
         if [*out.rglob(CHECKPOINT.name)]:
             return out
@@ -157,8 +155,8 @@ def other(base: Path, work: Path, _: argparse.Namespace) -> str:
     for number in (signal.SIGTERM, signal.SIGINT):
         out = fresh(work / "out")
         child = Child.start(train.at(base, out), work / "log")
-        while not (log := out / "run" / "log.jsonl").exists() or not log.stat().st_size:
-            pass
+        log = out / "run" / "log.jsonl"
+        child.until(lambda log=log: log.exists() and bool(log.stat().st_size))
         ended = child.kill_after(0, number)
         finish(train.at(base, out), work / "log")
         same = contents(out) == wanted

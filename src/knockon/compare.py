@@ -207,12 +207,22 @@ def _done(trials: Mapping[str, Trial], *, cluster: str | None, quiet: bool) -> O
     }
     if not made.failed and not all(could.values()):
         raise UserError("No model could predict the test conditions", mend="choose other --models")
-    scores = {name: (Path(name) / "scores").as_posix() for name, found in could.items() if found}
+    scores = {
+        name: (Path(name) / "scores").as_posix()
+        for name, found in could.items()
+        if found and not any((Path(name) / one).as_posix() in made.failed for one in _named(trials[name]))
+    }
     scored = do(judge, {scores[name]: trials[name].only(could[name]) for name in scores})
     return Outcome(
         done={name: scored.done[key] for name, key in scores.items() if key in scored.done},
         failed={**made.failed, **scored.failed},
     )
+
+
+def _named(trial: Trial) -> set[str]:
+    """Models that stand in the tables already: if one of them fails now, the tables stay as they are."""
+    path = trial.folder / "summary.csv"
+    return set(pd.read_csv(path)["model"]) if path.exists() else set()
 
 
 def recipes(comparison: Comparison, further: Mapping[str, Recipe] | None = None) -> dict[str, Recipe]:

@@ -5,16 +5,15 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import joblib
 
 from knockon import limits
-from knockon.cluster import client
+from knockon.cluster import do, killed
 from knockon.progress import bar
 from knockon.types import UserError
 
@@ -22,10 +21,6 @@ J = TypeVar("J")
 T = TypeVar("T")
 
 log = logging.getLogger("knockon")
-
-
-class Unfinished(UserError):  # noqa: N818 (not the program's error)
-    """Some jobs failed, and the others are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +40,37 @@ class Outcome(Generic[T]):
         Raises
         ------
         UserError
-            If there is one; ``Unfinished``, unless all failed of the same.
+            If there is one; ``Unfinished``, if something is done.
         """
-        if not self.failed:
-            return
+        if self.done and self.failed:
+            raise Unfinished(self)
         texts = {text.rstrip(".") for text in self.failed.values()}
-        if len(texts) == 1 and not self.done:
+        if len(texts) == 1:
             raise UserError(texts.pop())
-        raise Unfinished(
-            "Failed",
-            offenders=[f"{name} ({text.rstrip('.')})" for name, text in self.failed.items()],
-            mend="the others are kept; the same command does only what is missing",
-        )
+        if texts:
+            raise UserError(
+                "Failed", offenders=self.reasons, mend="the same command does only what is missing"
+            )
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why jobs failed, by name."""
+        return [f"{name} ({text.rstrip('.')})" for name, text in self.failed.items()]
+
+
+class Unfinished(UserError):  # noqa: N818 (not the program's error)
+    """Some jobs failed, and the others are done.
+
+    Parameters
+    ----------
+    outcome
+        What became of all of them.
+    """
+
+    def __init__(self, outcome: Outcome[Any]) -> None:
+        mend = "the others are kept; the same command does only what is missing"
+        super().__init__("Failed", offenders=outcome.reasons, mend=mend)
+        self.done = outcome.done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,23 +116,21 @@ def do_all(
     if cluster is None and min(at_once, len(jobs)) <= 1:
         return _one_by_one(work, jobs)
     reports: dict[str, _Report] = {}
-    with _backend(cluster, at_once), bar("jobs", total=len(jobs), quiet=quiet) as advance:
-        launch: Any = joblib.Parallel(pre_dispatch="all", mmap_mode="c", return_as="generator_unordered")
-        parent = os.getpid() if cluster is None else None
+    parent = os.getpid() if cluster is None else None
+    calls = [(work, name, job, parent) for name, job in jobs.items()]
+    with bar("jobs", total=len(jobs), quiet=quiet) as advance:
         try:
-            for report in launch(
-                joblib.delayed(_told)(work, name, job, parent) for name, job in jobs.items()
-            ):
+            for report in _in_processes(calls, at_once) if cluster is None else do(cluster, _told, calls):
                 reports[report.name] = report
                 log.info("%s: %.0f s", report.name, report.seconds)
                 for level, text in report.said:
                     log.log(level, "  %s", text)
                 advance(report.name)
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, *killed()) as error:
             raise UserError(
                 "A process was killed in the middle of its job, as happens when memory runs out",
                 offenders=[name for name in jobs if name not in reports],
-                mend="with fewer --jobs, the same command does only what is missing",
+                mend="with fewer --jobs or workers, the same command does only what is missing",
             ) from error
     found = [reports[name] for name in jobs]
     return Outcome(
@@ -191,21 +203,10 @@ def _end_with(parent: int) -> None:
         threading.Thread(target=watch, name="knockon-watch", daemon=True).start()
 
 
-@contextmanager
-def _backend(cluster: str | None, at_once: int) -> Iterator[None]:
-    """Choose where joblib does its jobs."""
-    if cluster is None:
-        with joblib.parallel_config("loky", n_jobs=at_once), warnings.catch_warnings():
-            # a process that has grown is replaced between two jobs, as it should be
-            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
-            yield
-        return
-    with client(cluster, everywhere=False) as connected:
-        if any(threads > 1 for threads in connected.nthreads().values()):
-            raise UserError(
-                f"Workers of {cluster} do several jobs in one process",
-                expected="workers of one thread, since training draws from a generator of its process",
-                mend="start them with dask worker ADDRESS --nthreads 1",
-            )
-        with joblib.parallel_config("dask", client=connected, n_jobs=-1):
-            yield
+def _in_processes(calls: Sequence[tuple[Any, ...]], at_once: int) -> Iterator[_Report]:
+    """Do jobs in processes of this machine."""
+    with joblib.parallel_config("loky", n_jobs=at_once), warnings.catch_warnings():
+        # a process that has grown is replaced between two jobs, as it should be
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
+        launch: Any = joblib.Parallel(pre_dispatch="all", mmap_mode="c", return_as="generator_unordered")
+        yield from launch(joblib.delayed(_told)(*call) for call in calls)

@@ -92,9 +92,10 @@ class Record:
     def asked(self) -> dict[str, object]:
         """Keep what the user asked for and drop what came of it: equal for a run and its resumption.
 
-        How the batches of a step are shared among processes makes no difference; their number does.
+        How the batches of a step are shared among processes makes no difference; their number does. Nor does
+        it where the screen lies: it is known by its digest.
         """
-        outcome = {"files", "versions", "device", "processes", "steps", "seconds"}
+        outcome = {"source", "files", "versions", "device", "processes", "steps", "seconds"}
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in outcome}
         return kept | {
             "train": kept["train"] | {"accumulate": 0},

@@ -116,8 +116,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
     began = time.monotonic()
     recipe = _recipe(model)
     split = split if isinstance(split, Split) else splits.make(split, screen)
-    stage = recipe.model.earlier()
-    first = None
+    stage, first = recipe.model.earlier(), None
     if start is not None and isinstance(stage, Recipe):
         raise UserError(
             "--from without the earlier stage that its weights belong to",
@@ -141,9 +140,10 @@ def train(  # noqa: PLR0913 - each is one independent choice
             log.info(note)
     refuse_unknown(network, wanted)
     if _finished(record, folder, split, screen):
-        log.info("%s is finished already; it is used as it is", folder)
         return Run.load(folder, screen=screen, device=options.device)
     with devices.alone(folder):
+        if _finished(record, folder, split, screen):  # by another command, until now
+            return Run.load(folder, screen=screen, device=options.device)
         devices.on_first(lambda: _open(folder, split, network, record))
         if isinstance(stage, Recipe):
             log.info("the first stage is trained in %s", folder / STAGE_ONE)
@@ -258,6 +258,8 @@ def _finished(record: Record, folder: Path, split: Split, screen: Screen) -> boo
             expected="an empty folder, or the same command again to continue it",
             mend=alike * ("batches" in different) + "choose another --out, or remove the folder",
         )
+    if earlier.finished:
+        log.info("%s is finished already; it is used as it is", folder)
     return earlier.finished
 
 

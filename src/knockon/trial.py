@@ -17,6 +17,7 @@ from knockon.data.formats import about
 from knockon.data.h5ad import read_h5ad, write_h5ad
 from knockon.data.screen import Screen, read
 from knockon.data.splits import Split
+from knockon.data.values import state_of
 from knockon.evaluate import flags, scores, suites
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.report.portrait import Album
@@ -66,6 +67,8 @@ class Elsewhere:
         See ``screen.read``.
     source, digest
         What the screen is known by.
+    state
+        Of the file: its values may be others though its cells have the same names.
     """
 
     path: Path
@@ -73,6 +76,7 @@ class Elsewhere:
     backed: bool
     source: str
     digest: str
+    state: tuple[int, int]
 
 
 def sent(screen: Screen, *, far: bool) -> Screen | Elsewhere:
@@ -90,6 +94,7 @@ def sent(screen: Screen, *, far: bool) -> Screen | Elsewhere:
         backed=not in_memory,
         source=screen.source,
         digest=screen.digest,
+        state=state_of(Path(screen.source)),
     )
 
 

@@ -2,6 +2,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata
@@ -266,6 +267,21 @@ def test_two_at_once_are_kept_apart(plain, tmp_path, monkeypatch):
     assert met
     assert content(tmp_path / "store") == content(tmp_path / "alone")
     assert not any(".lock" in name for name in content(tmp_path / "store"))
+
+
+def test_who_waited_for_a_store_has_it(plain, tmp_path, monkeypatch):
+    """Where one waits for the lock, the other one removes the folder that it lies in."""
+
+    @contextmanager
+    def late(folder):
+        monkeypatch.undo()
+        ko.prepare([plain], tmp_path / "store")
+        assert not folder.exists()
+        raise UserError("Cannot write")
+        yield
+
+    monkeypatch.setattr(build, "alone", late)
+    assert len(ko.prepare([plain], tmp_path / "store").conditions) == len(Screen.read(plain).conditions)
 
 
 def test_a_full_disk_is_said(plain, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from knockon import cluster, devices
+from knockon.data import memory
 from knockon.data.memory import free_memory, written
 
 NONE = 9223372036854771712
@@ -99,3 +101,12 @@ def test_a_container_sees_its_group_as_the_topmost(root: Path) -> None:
     """The path is that of the machine outside, of which there are no folders in here."""
     first(belongs(root, "4:memory:/docker/x\n") / "memory", 9000, 4000)
     assert free_memory(root) == 5000
+
+
+def test_what_is_free_is_shared_with_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 1200)
+    assert memory.own_memory() == 1200
+    monkeypatch.setattr(devices, "neighbors", lambda: 3)
+    assert memory.own_memory() == 400
+    monkeypatch.setattr(cluster, "limit", lambda: 300)
+    assert memory.own_memory() == 300

@@ -36,24 +36,28 @@ class Compare(Command):
 
     def run(self) -> None:
         """Compare, print and report; where some models failed, on the others."""
+        if not self.split:
+            raise UserError("--split without any", expected="a kind of split or a .json file, or several")
         screen = read_screen(self.data, self.columns)
         held_out = {Path(text).stem: splits.make(text, screen) for text in self.split}
         if len(held_out) < len(self.split):
             raise UserError("Splits of one name", offenders=self.split, mend="name the files differently")
         seeds = tuple(dict.fromkeys(self.seeds)) or (self.comparison.seed,)
-        folders, compared, failure = [self.out], self._compare, None
+        names, compared = [""], self._compare
         if len(held_out) * len(seeds) > 1:
-            folders = [self.out / name_of(name, seed) for name in held_out for seed in seeds]
+            names = [name_of(name, seed) for name in held_out for seed in seeds]
             compared = self._compare_all
         try:
             compared(screen, held_out, seeds)
         except Unfinished as error:
-            failure = error
-        for folder in folders:
-            if failure is None or (folder / "summary.csv").exists():
-                _report(folder)
-        if failure is not None:
-            raise failure
+            for name, summary in error.done.items():
+                if name:
+                    say(f"{name}:")
+                show(tables.render(summary))
+                _report(self.out / name)
+            raise
+        for name in names:
+            _report(self.out / name)
 
     def _compare(self, screen: Screen, held_out: Mapping[str, splits.Split], seeds: Sequence[int]) -> None:
         (split,), (seed,) = held_out.values(), seeds

@@ -105,11 +105,15 @@ def prepare(  # noqa: PLR0913 - one for each option of the command line
     with _kept(folder):
         if not _finished(folder, plan):
             _refuse_other(folder)
-            with alone(folder / ASIDE):
-                if not _finished(folder, plan):  # by another command, until now
-                    _begin(folder, plan)
-                    _refuse_full(folder, joined)
-                    _Builder(folder, plan, joined, most, quiet).build()
+            try:
+                with alone(folder / ASIDE):
+                    if not _finished(folder, plan):  # by another command, until now
+                        _begin(folder, plan)
+                        _refuse_full(folder, joined)
+                        _Builder(folder, plan, joined, most, quiet).build()
+            except UserError:
+                if not _finished(folder, plan):  # by another command, which removed what this one waited for
+                    raise
         shutil.rmtree(folder / ASIDE, ignore_errors=True)
     return read(folder, joined.columns)
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from knockon import devices
+from knockon import cluster, devices
 from knockon.types import UserError
 
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?i?)B?")
@@ -61,8 +61,8 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def own_memory() -> int:
-    """Return the share of it that is this process's, beside others of ``torchrun`` on this machine."""
-    return free_memory() // devices.neighbors()
+    """Return the share of ``free_memory`` that is this process's, beside others of ``torchrun`` or dask."""
+    return min(free_memory() // devices.neighbors(), cluster.limit())
 
 
 def _left(root: Path) -> Iterator[int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,19 +120,43 @@ def _place(data: Any) -> Any:
     return data
 
 
+def state_of(path: Path) -> tuple[int, int]:
+    """Tell a file or a folder from what took its place."""
+    state = path.stat()
+    return state.st_ino, state.st_mtime_ns
+
+
 def _opened(place: Any, total: float | None, genes: np.ndarray | None) -> OnDisk:
-    if isinstance(place, tuple):
-        state = Path(place[0]).stat()
-        place = _element(*place, (state.st_ino, state.st_mtime_ns))
-    return OnDisk(data=place, total=total, genes=genes)
+    return OnDisk(data=_element(*place) if isinstance(place, tuple) else place, total=total, genes=genes)
 
 
-@lru_cache(maxsize=4)
-def _element(path: str, name: str, _: tuple[int, int]) -> Any:
-    """Open values once in a process, since every block travels there alone; another file there is another."""
-    store = zarr.open_group(path, mode="r") if Path(path).is_dir() else h5py.File(path, "r")
-    element: Any = store[name]
-    return element if isinstance(element, h5py.Dataset | zarr.Array) else sparse_dataset(element)
+_OPEN: dict[str, tuple[tuple[int, int], Any, dict[str, Any]]] = {}
+"""Files that other processes named: their states, what they are read by, and values that were read of."""
+MOST = 4
+"""How many of them stay open."""
+
+
+def _element(path: str, name: str) -> Any:
+    """Open values once in a process, since every block travels there alone.
+
+    What was written over is closed before it is opened again: HDF5 would take the rest from the old file.
+    """
+    state, known = state_of(Path(path)), _OPEN.pop(path, None)
+    if known is not None and known[0] != state:
+        if isinstance(known[1], h5py.File):
+            known[1].close()
+        known = None
+    if known is None:
+        store = zarr.open_group(path, mode="r") if Path(path).is_dir() else h5py.File(path, "r")
+        known = state, store, dict[str, Any]()
+    _OPEN[path] = known
+    while len(_OPEN) > MOST:
+        del _OPEN[next(iter(_OPEN))]
+    _, store, elements = known
+    if name not in elements:
+        found: Any = store[name]
+        elements[name] = found if isinstance(found, h5py.Dataset | zarr.Array) else sparse_dataset(found)
+    return elements[name]
 
 
 Matrix = sp.csr_matrix | OnDisk

@@ -83,7 +83,11 @@ class Findings:
         about = read_json(folder / "about.json") if (folder / "about.json").exists() else {}
         flags = found.pop("flags") if (folder / "flags.csv").exists() else None
         found.pop("flags", None)
-        runs = tuple(_run(path.parent, folder / "runs") for path in sorted(folder.glob(f"runs/**/{RECORD}")))
+        runs = tuple(
+            _run(path.parent, folder / "runs")
+            for path in sorted(folder.glob(f"runs/**/{RECORD}"))
+            if path.relative_to(folder / "runs").parts[0] in set(found["summary"]["model"])
+        )
         return cls(folder=folder, about=about, runs=runs, flags=flags, **found)
 
     @cached_property

@@ -113,9 +113,11 @@ def chosen(suite: Asked) -> tuple[Suite, ...]:
     Raises
     ------
     UserError
-        If there is none of a name.
+        If none is asked for, or there is none of a name.
     """
     asked = [suite] if isinstance(suite, str | Suite) else suite
+    if not asked:
+        raise UserError("--suite without any", expected="one or more of " + ", ".join(s.name for s in SUITES))
     return tuple(suite_named(one) if isinstance(one, str) else one for one in asked)
 
 

@@ -173,8 +173,9 @@ def test_a_spec_knows_names_and_slots(plain):
     spec = Screen.from_anndata(plain).spec(vectors)
     assert spec.perturbations == tuple("ABCDEF")
     assert spec.vectors.shape == (6, 3)
-    with pytest.raises(UserError, match="without a vector: E"):
-        Screen.from_anndata(plain).spec({name: vectors[name] for name in "ABCD"})
+    spec = Screen.from_anndata(plain).spec({name: vectors[name] for name in "ABCDF"})
+    assert spec.perturbations == tuple("ABCDEF")
+    assert np.isnan(spec.vectors).all(1).tolist() == [False] * 4 + [True, False]
     with pytest.raises(UserError, match="different lengths"):
         Screen.from_anndata(plain).spec(vectors | {"F": np.zeros(2)})
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from knockon.data.vectors import read_vectors
+from knockon.data.vectors import read_vectors, stacked
 from knockon.types import UserError
 
 
@@ -35,3 +35,17 @@ def test_faults_are_named(tmp_path, text, words):
 def test_a_missing_table_is_a_message(tmp_path):
     with pytest.raises(UserError, match="Cannot read"):
         read_vectors(tmp_path / "none.csv")
+
+
+def test_coverage_is_told(caplog):
+    vectors = {"A": np.zeros(2), "B": np.ones(2), "MORE": np.ones(2)}
+    names = ["A", "B", "C", "D", "MORE"]
+    with caplog.at_level("INFO", logger="knockon"):
+        found = stacked(vectors, names, {"A", "B", "C", "D"})
+    assert np.isnan(found).all(1).tolist() == [False, False, True, True, False]
+    assert caplog.messages == [
+        "vectors: 2 of 4 perturbations of the screen have one",
+        "without a vector, known by their own cells alone: C, D",
+    ]
+    with pytest.raises(UserError, match=r"No perturbation of the screen has a vector: C, D"):
+        stacked(vectors, names, {"C", "D"})

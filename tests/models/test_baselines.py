@@ -8,7 +8,15 @@ import torch
 
 from knockon.data.screen import Screen
 from knockon.model import Model
-from knockon.models import additive, linear, mean_shift, nearest, no_effect, shrunken_additive
+from knockon.models import (
+    additive,
+    latent_additive,
+    linear,
+    mean_shift,
+    nearest,
+    no_effect,
+    shrunken_additive,
+)
 from knockon.models._embedding import embed_genes
 from knockon.models.linear import solve_bilinear
 from knockon.types import Label, Noise, UserError
@@ -284,6 +292,23 @@ def test_linear_with_vectors_knows_all(panel: Screen) -> None:
     model = fit(linear.Config(), panel, {name: draw.normal(size=5) for name in sorted(names)})
     assert known(model, Label.of(["X"]), Label.of(["HELD"])) == [True, True]
     assert np.isfinite(predict(model, Label.of(["X"]), Label.of(["HELD"]))).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "gone"), [(linear.Config(), "X"), (latent_additive.small().model, "HELD")]
+)
+def test_vectors_of_some_leave_the_others_unknown(panel: Screen, config: object, gone: str) -> None:
+    """``X`` was trained, and ``linear`` knows by vectors alone; ``HELD`` was not."""
+    names = sorted({name for label in panel.vocabulary for name in label.perturbations})
+    draw = np.random.default_rng(1)
+    vectors = {name: draw.normal(size=5) for name in names}
+    whole, some = (fit(config, panel, {n: v for n, v in vectors.items() if n != out}) for out in ("", gone))
+    asked = [Label.of([name]) for name in ("X", "HELD")]
+    assert known(whole, *asked) == [True, True]
+    assert known(some, *asked) == [name != gone for name in ("X", "HELD")]
+    kept = [label for label, knows in zip(asked, known(some, *asked), strict=True) if knows]
+    control, noise = torch.ones(len(kept), 4, 8), Noise(torch.Generator())
+    assert some.eval().sample(control, some.spec.encode(kept), noise).isfinite().all()
 
 
 def test_bilinear_solution_recovers_what_made_the_data() -> None:

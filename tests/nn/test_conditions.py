@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from knockon.nn.conditions import ConditionEncoder, GeneEncoder
+from knockon.nn.conditions import ConditionEncoder, GeneEncoder, Projection
 from knockon.types import Condition, Covariate, Label, Spec
 
 DIM = 16
@@ -82,6 +82,12 @@ def test_vectors_give_a_basis_to_the_unseen(genes):
     encoder = ConditionEncoder(replace(SPEC, vectors=vectors), DIM)
     assert encoder.based().tolist() == [True, True, True, True, False]
     assert encode(encoder, genes, labels("other", "drug", "a")).isfinite().all()
+    projection = Projection(vectors, DIM)
+    codes = torch.tensor([0, 1, 4])
+    before = projection(codes)
+    projection.rows.weight.data.normal_()
+    assert [torch.equal(*pair) for pair in zip(before, projection(codes), strict=True)] == [True, True, False]
+    assert Projection(vectors[:3], DIM).rows is None
     assert ConditionEncoder(SPEC, DIM).based().tolist() == [True, True, True, False, False]
 
 

@@ -21,6 +21,7 @@ from knockon.data.formats import Stored, choose_layer, load, stay_inside
 from knockon.data.manifest import Manifest, is_store
 from knockon.data.recognize import Design, recognize
 from knockon.data.values import Matrix, OnDisk, Scale, compressed, scale, survey
+from knockon.data.vectors import stacked
 from knockon.types import Covariate, Label, Spec, Units, UserError
 
 
@@ -159,13 +160,13 @@ class Screen:
         Parameters
         ----------
         vectors
-            Fixed vector of each perturbation. Further names in it become perturbations that a
-            model can predict unseen.
+            Fixed vectors of perturbations. Further names in it become perturbations that a model can predict
+            unseen; those of the screen that it lacks are known by their cells alone.
 
         Raises
         ------
         UserError
-            If a perturbation of the screen has no vector, or the vectors differ in length.
+            If no perturbation of the screen has a vector, or the vectors differ in length.
         """
         labels = self.vocabulary or self.labels
         names = {name for label in labels for name in label.perturbations}
@@ -178,7 +179,7 @@ class Screen:
             units=self.units,
             total=self.total,
             dose_unit=self.dose_unit,
-            vectors=None if vectors is None else _stack(vectors, perturbations),
+            vectors=None if vectors is None else stacked(vectors, perturbations, names),
         )
 
     @classmethod
@@ -356,19 +357,3 @@ def notes_of(rows: Mapping[Label, np.ndarray], judged: Scale, columns: Columns) 
     if single:
         notes.append(f"{len(single)} conditions have one cell: {', '.join(single[:3])}")
     return notes
-
-
-def _stack(
-    vectors: Mapping[str, Float[np.ndarray, "width"]], names: Sequence[str]
-) -> Float[np.ndarray, "perturbations width"]:
-    missing = [name for name in names if name not in vectors]
-    if missing:
-        raise UserError(
-            "Perturbations without a vector",
-            offenders=missing,
-            expected="a vector for every perturbation of the screen",
-            mend="add them to the table of --vectors, or leave it out",
-        )
-    if len({np.shape(vector) for vector in vectors.values()}) > 1:
-        raise UserError("Vectors of different lengths", expected="one length for all")
-    return np.stack([vectors[name] for name in names]).astype(np.float32)

@@ -1,5 +1,7 @@
 """Tables of fixed vectors by perturbation: gene embeddings, fingerprints, anything that has a name."""
 
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from knockon.types import UserError
+
+log = logging.getLogger("knockon")
 
 
 def read_vectors(path: str | Path) -> dict[str, Float[np.ndarray, "width"]]:
@@ -35,3 +39,40 @@ def read_vectors(path: str | Path) -> dict[str, Float[np.ndarray, "width"]]:
             f"Vectors in {path} that are not finite numbers", offenders=wrong, expected="numbers only"
         )
     return dict(zip(names, numbers, strict=True))
+
+
+def stacked(
+    vectors: Mapping[str, Float[np.ndarray, "width"]], names: Sequence[str], asked: Collection[str]
+) -> Float[np.ndarray, "perturbations width"]:
+    """Put vectors side by side in the order of ``names``, NaN where there is none, and say what is missing.
+
+    Parameters
+    ----------
+    names
+        All perturbations.
+    asked
+        Those that should have a vector.
+
+    Raises
+    ------
+    UserError
+        If none of these has one, or the vectors differ in length.
+    """
+    widths = {np.shape(vector) for vector in vectors.values()}
+    if len(widths) > 1:
+        raise UserError("Vectors of different lengths", expected="one length for all")
+    missing = sorted(name for name in asked if name not in vectors)
+    if asked and len(missing) == len(asked):
+        raise UserError(
+            "No perturbation of the screen has a vector",
+            offenders=missing,
+            expected="the names that the screen has, such as gene symbols",
+            mend="rename the rows of the table of --vectors, or leave it out",
+        )
+    log.info("vectors: %d of %d perturbations of the screen have one", len(asked) - len(missing), len(asked))
+    if missing:
+        named = ", ".join(missing[:10]) + f" and {len(missing) - 10} more" * (len(missing) > 10)
+        log.warning("without a vector, known by their own cells alone: %s", named)
+    (width,) = widths
+    none = np.full(width, np.nan)
+    return np.stack([np.asarray(vectors.get(name, none), np.float32) for name in names])

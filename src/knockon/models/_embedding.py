@@ -34,10 +34,13 @@ def embed_perturbations(
         known = np.array([name in index for name in spec.perturbations])
         vectors = [genes[index[name]] if name in index else np.zeros(dim) for name in spec.perturbations]
         return np.array(vectors).reshape(-1, dim), known
-    given = spec.vectors.astype(np.float64)
+    known = np.isfinite(spec.vectors).all(axis=1)
+    given = spec.vectors[known].astype(np.float64)
     spread = given.std(axis=0)
-    standard = (given - given.mean(axis=0)) / np.where(spread > 0, spread, 1)
-    return _scores(standard, dim), np.ones(len(given), dtype=bool)
+    scores = _scores((given - given.mean(axis=0)) / np.where(spread > 0, spread, 1), dim)
+    vectors = np.zeros((len(known), scores.shape[1]))
+    vectors[known] = scores
+    return vectors, known
 
 
 def _scores(

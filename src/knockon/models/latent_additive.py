@@ -42,8 +42,8 @@ class LatentAdditive(Model):
     paired cell of the condition.
 
     p has one entry for each perturbation: 1 where it was given or, where the screen has doses, the
-    dose relative to the highest in training, on a ``log1p`` scale. Where the spec has vectors, p is
-    their sum with those entries as weights, and unseen perturbations are known. A covariate level
+    dose relative to the highest in training, on a ``log1p`` scale. Where perturbations have vectors, p is
+    their sum with those entries as weights, and they are known unseen. A covariate level
     that training conditions lack is encoded as zeros.
     """
 
@@ -58,7 +58,7 @@ class LatentAdditive(Model):
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__(spec)
         codes, genes = len(spec.perturbations) + 1, len(spec.genes)
-        vectors = np.eye(codes - 1) if spec.vectors is None else spec.vectors
+        vectors, _ = _entries(spec)
         levels = sum(len(covariate.levels) for covariate in spec.covariates)
         self.register_buffer("vectors", torch.from_numpy(np.pad(vectors, ((1, 0), (0, 0)))).float())
         self.register_buffer("highest", torch.zeros(codes))
@@ -76,7 +76,7 @@ class LatentAdditive(Model):
         self.highest = self.highest.scatter_reduce(
             0, seen.perturbation.flatten(), seen.dose.flatten(), reduce="amax"
         )
-        self.known = torch.full_like(self.known, self.spec.vectors is not None)
+        self.known[1:] = torch.from_numpy(~_entries(self.spec)[1])
         self.known[seen.perturbation] = True
         self.known[0] = True
 
@@ -119,6 +119,18 @@ class LatentAdditive(Model):
         ]
         nothing = torch.zeros(len(condition), 0, dtype=torch.bool, device=condition.covariates.device)
         return torch.cat([nothing, *parts], dim=1)
+
+
+def _entries(
+    spec: Spec,
+) -> tuple[Float[np.ndarray, "perturbations width"], Bool[np.ndarray, "perturbations"]]:
+    """Vectors of perturbations, and which of them have none: each of those has an entry of its own."""
+    names = len(spec.perturbations)
+    if spec.vectors is None:
+        return np.eye(names), np.ones(names, dtype=bool)
+    gaps = ~np.isfinite(spec.vectors).all(axis=1)
+    given = np.where(gaps[:, None], 0, spec.vectors)
+    return np.concatenate([given, np.eye(names)[:, gaps]], axis=1), gaps
 
 
 class Perceptron(nn.Module):

@@ -93,7 +93,10 @@ class Rows(nn.Module):
 
 
 class Projection(nn.Module):
-    """A learned projection of a fixed vector for each code; code 0, and a vector with gaps, is zero."""
+    """A learned projection of a fixed vector for each code, of zeros for code 0.
+
+    A code whose vector has gaps has a learned row instead, so that it is known where it was trained.
+    """
 
     vectors: Float[Tensor, "codes width"]
 
@@ -106,11 +109,16 @@ class Projection(nn.Module):
         self.known = padded.isfinite().all(dim=1)
         self.register_buffer("vectors", torch.where(self.known[:, None], padded, 0), persistent=False)
         self.map = linear(vectors.shape[1], dim)
+        self.rows = None if self.known.all() else nn.Embedding(len(padded), dim)
         self.norm = nn.LayerNorm(dim) if normed else nn.Identity()
 
     def forward(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
         """Look up and project."""
-        return self.norm(self.map(self.vectors[codes]))
+        found = self.map(self.vectors[codes])
+        if self.rows is not None:
+            known = self.known.to(codes.device)[codes][..., None]
+            found = torch.where(known, found, self.rows(codes))
+        return self.norm(found)
 
 
 class ConditionEncoder(nn.Module):

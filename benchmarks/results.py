@@ -33,12 +33,15 @@ PAPER = "-paper"
 SIZES = {
     "scdfm": ("width", "layers", "heads", "genes_per_step", "solver", "points"),
     "perturbdiff": ("width", "layers", "heads", "branch", "set_size"),
+    "scldm": ("width", "layers", "heads", "solver", "steps", "stage_one"),
+    "scldm_vae": ("width", "layers", "heads", "cross_heads", "latents", "latent_width"),
 }
 """What is no switch but a size, of networks, sets and the sampler's steps."""
 MODELS = (
     *BASELINES, "linear", "nearest", "latent_additive", "response_surface", "ripple",
     "ripple-independent",
     "scdfm", "scdfm-paper", "perturbdiff", "perturbdiff-paper", "scldm",
+    "scldm-paper",
 )  # fmt: skip
 """In the order of the tables."""
 
@@ -126,6 +129,8 @@ def paper_switches(name: str) -> Recipe:
     """
     default, paper = models.recipe(name), models.recipe(name, "paper")
     sizes = {field: getattr(default.model, field) for field in SIZES[name]}
+    if name == "scldm":
+        sizes["autoencoder"] = paper_switches("scldm_vae").model
     return Recipe(model=replace(paper.model, **sizes), train=default.train)
 
 

@@ -50,13 +50,14 @@ that intervals are somewhat too narrow. Bold: above 0 with its interval.
 - A metric counts only where the replicate is better than the best simple baseline beyond such an interval; a
   dash stands where it is not, since the baseline cannot be told from a replicate by that metric.
 - `ripple-independent` is ripple with cells moved by the thousand (`together=1024`), nearly independent of
-  each other. Sets of `ripple`, `scdfm`, `perturbdiff` and `scldm` have nearly no noise in their means: that is worth
-  something where means are scored, and flatters the energy distance, which takes cells for independent.
+  each other. Sets of `ripple`, `scdfm`, `perturbdiff` and `scldm` have nearly no noise in their means: that
+  is worth something where means are scored, and flatters the energy distance, which takes cells for
+  independent.
 - `no_effect` is the floor. `scdfm`, `perturbdiff`, `scldm` and `ripple` are the default presets.
 - `scdfm-paper`, `perturbdiff-paper`, `scldm-paper`: objective and switches of the paper preset at the widths,
   layers, heads, sets, cells and steps of the default one, and with its rates; scDFM and scLDM also with its
-  solver, since the published ones take many times as long. The published sizes and 200,000 steps cannot be trained on two
-  cores: these rows show what the switches do, not what the papers reached.
+  solver, since the published ones take many times as long. The published sizes and 200,000 steps cannot be
+  trained on two cores: these rows show what the switches do, not what the papers reached.
 - *train*: seconds of training with preparation and statistics; *generate*: seconds of {cells} cells of each
   test condition; means over folds, and other work on the machine is in them.
 - *scored*: how often the test conditions were scored with this configuration of the model, in brackets with

@@ -26,11 +26,12 @@ from knockon.data.screen import Screen
 from knockon.embed import CHUNK as EMBEDDED_AT_ONCE
 from knockon.embed import refuse_without_embedding
 from knockon.evaluate import reconstruction
-from knockon.files import from_text
+from knockon.files import from_text, write_text
 from knockon.predict import CHUNK, all_pairs, unknown
 from knockon.progress import bar
 from knockon.run import Run, Trained, trained
 from knockon.types import Label, UserError
+from knockon.uncertainty import FITS, errors
 
 Kind = TypeVar("Kind", bound=Trained)
 
@@ -72,6 +73,9 @@ class Predict(Command):
     """Cells of each condition."""
     seed: int = 0
     """Seed of the control cells and the noise."""
+    errors: Path | None = None
+    """A .csv to write besides: how far off the mean of each gene may be, as standard errors and intervals
+    that should hold 95 % of the true means; of ripple, and of models that are pulled to its mean."""
     changes: Annotated[Changes, Flat] = Changes()
     data: Path | None = None
     """The screen, where it is not where it was in training."""
@@ -97,6 +101,13 @@ class Predict(Command):
             )
         run = self.changes.apply(Run.load(self.folder, screen=self.data, device=self.device))
         labels = self._pairs(run) if self.all_pairs else run.resolve(self.part or listed(self.perturbations))
+        if self.errors is not None:
+            with bar("fitting again", total=FITS, quiet=self.quiet) as advance:
+                found = errors(run, labels, seed=self.seed, advance=advance)
+            text, path = found.to_csv(index=False), self.errors
+            devices.on_first(lambda: write_text(path, text))
+            share = found["standard_error"].notna().mean()
+            say(f"{self.errors}: {share:.0%} of the means have a standard error")
         with bar("predicting", total=_own(len(labels)), quiet=self.quiet) as advance:
             predicted = run.predict(labels, cells=self.cells, seed=self.seed, advance=advance)
         devices.on_first(lambda: write_h5ad(predicted, self.out))

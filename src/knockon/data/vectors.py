@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from knockon.types import UserError
 
@@ -76,3 +76,8 @@ def stacked(
     (width,) = widths
     none = np.full(width, np.nan)
     return np.stack([np.asarray(vectors.get(name, none), np.float32) for name in names])
+
+
+def present(vectors: Float[np.ndarray, "perturbations width"]) -> Bool[np.ndarray, "perturbations"]:
+    """Tell which perturbations have a vector."""
+    return np.array([np.isfinite(vector).all() for vector in vectors], dtype=bool)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from knockon.baseline import MeasuredEffects
 from knockon.data.screen import Screen
+from knockon.data.vectors import present
 from knockon.types import Condition, Spec
 
 
@@ -34,7 +35,7 @@ def embed_perturbations(
         known = np.array([name in index for name in spec.perturbations])
         vectors = [genes[index[name]] if name in index else np.zeros(dim) for name in spec.perturbations]
         return np.array(vectors).reshape(-1, dim), known
-    known = np.isfinite(spec.vectors).all(axis=1)
+    known = present(spec.vectors)
     given = spec.vectors[known].astype(np.float64)
     spread = given.std(axis=0)
     scores = _scores((given - given.mean(axis=0)) / np.where(spread > 0, spread, 1), dim)

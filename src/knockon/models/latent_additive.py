@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
 from knockon.data.screen import Screen
+from knockon.data.vectors import present
 from knockon.model import Losses, Model, ModelConfig, Recipe, Training
 from knockon.types import CellSets, Condition, Noise, Spec, Units
 
@@ -128,7 +129,7 @@ def _entries(
     names = len(spec.perturbations)
     if spec.vectors is None:
         return np.eye(names), np.ones(names, dtype=bool)
-    gaps = ~np.isfinite(spec.vectors).all(axis=1)
+    gaps = ~present(spec.vectors)
     given = np.where(gaps[:, None], 0, spec.vectors)
     return np.concatenate([given, np.eye(names)[:, gaps]], axis=1), gaps
 

@@ -52,7 +52,7 @@ class Options:
     total: float | None = None
     """Counts per cell to normalize to, where the screen holds counts; the training median without it."""
     vectors: Path | None = None
-    """Table (.csv) with a fixed vector for each perturbation; further names in it can be predicted unseen."""
+    """Table (.csv) with fixed vectors of perturbations; further names in it can be predicted unseen."""
     device: str = "auto"
     """``cpu``, ``cuda`` or ``auto``."""
     memory: str | None = None

@@ -40,12 +40,12 @@ class Outcome(Generic[T]):
         Raises
         ------
         UserError
-            If there is one; ``Unfinished``, if something is done.
+            If there is one; ``Unfinished``, if something is done. What all of them failed of is told once.
         """
         if self.done and self.failed:
             raise Unfinished(self)
         texts = {text.rstrip(".") for text in self.failed.values()}
-        if len(texts) == 1:
+        if len(texts) == 1 < len(self.failed):
             raise UserError(texts.pop())
         if texts:
             raise UserError(

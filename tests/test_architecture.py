@@ -20,7 +20,7 @@ TIERS = (
     {"transfer"},
     {"checkpoint", "schedule", "validate", "watch"},
     {"train"},
-    {"forecast"},
+    {"forecast", "uncertainty"},
     {"evaluate"},
     {"trial", "ranking"},
     {"compare"},

@@ -198,6 +198,7 @@ def test_a_model_that_fails_keeps_nobody_from_the_report(
     assert (tmp_path / "cmp" / "summary.csv").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_damaged_run_keeps_nobody_from_the_report(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

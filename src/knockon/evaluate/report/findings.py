@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,11 +83,9 @@ class Findings:
         about = read_json(folder / "about.json") if (folder / "about.json").exists() else {}
         flags = found.pop("flags") if (folder / "flags.csv").exists() else None
         found.pop("flags", None)
-        runs = tuple(
-            _run(path.parent, folder / "runs")
-            for path in sorted(folder.glob(f"runs/**/{RECORD}"))
-            if path.relative_to(folder / "runs").parts[0] in set(found["summary"]["model"])
-        )
+        named = set(found["summary"]["model"])
+        records = sorted(folder.glob(f"runs/**/{RECORD}"))
+        runs = tuple(_run(path.parent, folder / "runs", named) for path in records)
         return cls(folder=folder, about=about, runs=runs, flags=flags, **found)
 
     @cached_property
@@ -303,13 +301,14 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         ) from error
 
 
-def _run(folder: Path, runs: Path) -> RunCard:
-    record = read_json(folder / RECORD)
+def _run(folder: Path, runs: Path, named: Collection[str]) -> RunCard:
+    """Read a run; the weights of one that is not among the models that are scored may be damaged."""
+    record, place = read_json(folder / RECORD), folder.relative_to(runs)
     return RunCard(
-        name=str(folder.relative_to(runs)),
+        name=str(place),
         record=record,
         log=_log(folder / LOG),
-        numbers=_numbers(folder / WEIGHTS),
+        numbers=_numbers(folder / WEIGHTS) if place.parts[0] in named else None,
     )
 
 

@@ -23,6 +23,7 @@ from knockon.model import Model, name_of
 from knockon.models._pulled import PulledModel
 from knockon.models.response_surface import BLOCK, ResponseSurface
 from knockon.models.ripple import Ripple
+from knockon.predict import refuse_unknown
 from knockon.run import Run
 from knockon.types import Condition, Label, UserError
 
@@ -74,6 +75,7 @@ def errors(
             expected="ripple, response_surface, or a log1p model that is wholly pulled to ripple",
             mend="knockon train ripple",
         )
+    refuse_unknown(run.model, labels)
     learned = run.split.train if run.record.train.steps else (*run.split.train, *run.split.validation)
     train = run.screen.select((*learned, *run.screen.controls))
     found = standard_errors(anchor, train, labels, fits=fits, seed=seed, advance=advance)
@@ -152,8 +154,9 @@ def refits(
     draw, means = np.random.default_rng(seed), []
     for _ in range(fits):
         rows = {label: np.sort(draw.choice(some, len(some))) for label, some in train.rows.items()}
-        again = model.config.build(model.spec).to(model.spread.device)
+        again = model.config.build(model.spec)
         again.fit_statistics(replace(train, rows=rows))
+        again.to(model.spread.device)
         means.append(_plain(again.mean(_encoded(again, labels))))
         advance()
     return np.stack(means).std(axis=0, ddof=1)

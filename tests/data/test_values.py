@@ -78,3 +78,14 @@ def test_few_files_stay_open(tmp_path):
         ad.AnnData(sp.csr_matrix(counts(5))).write_h5ad(tmp_path / f"{name}.h5ad")
         pickle.loads(pickle.dumps(formats.load(tmp_path / f"{name}.h5ad", backed=True).values))
     assert list(values._OPEN) == [str(tmp_path / f"{name}.h5ad") for name in "cdef"]
+
+
+def test_a_total_is_of_the_genes_that_were_chosen_before(tmp_path):
+    ad.AnnData(sp.csr_matrix(counts(50))).write_h5ad(tmp_path / "cells.h5ad")
+    whole, some = formats.load(tmp_path / "cells.h5ad", backed=True).values, np.arange(5, 20)
+    after, before = whole.normalized(100.0).panel(some), whole.panel(some).normalized(100.0)
+    wanted = values.log1p(sp.csr_matrix(counts(50)[:, some]), 100.0).toarray()
+    for matrix in (before, pickle.loads(pickle.dumps(before))):
+        np.testing.assert_allclose(matrix[:].toarray(), wanted, rtol=1e-6)
+    every = values.log1p(sp.csr_matrix(counts(50)), 100.0).toarray()
+    np.testing.assert_allclose(after[:].toarray(), every[:, some], rtol=1e-6)

@@ -353,3 +353,9 @@ def test_paper_moves_nothing():
     recipe = scldm.paper()
     small = replace(scldm.small().model, pulled=recipe.model.pulled)
     assert small.build(SPEC).ripple is None
+
+
+def test_without_perturbed_cells_nothing_is_moved(screen: Screen):
+    model = scldm.small().model.build(screen.spec())
+    model.fit_statistics(screen.select(screen.controls))
+    assert model.weight == 0

@@ -88,6 +88,11 @@ def test_vectors_give_a_basis_to_the_unseen(genes):
     projection.rows.weight.data.normal_()
     assert [torch.equal(*pair) for pair in zip(before, projection(codes), strict=True)] == [True, True, False]
     assert Projection(vectors[:3], DIM).rows is None
+    vectors[:] = np.nan
+    nothing = ConditionEncoder(replace(SPEC, vectors=vectors), DIM)
+    torch.testing.assert_close(
+        encode(nothing, genes, labels("a")), encode(ConditionEncoder(SPEC, DIM), genes, labels("a"))
+    )
     assert ConditionEncoder(SPEC, DIM).based().tolist() == [True, True, True, False, False]
 
 

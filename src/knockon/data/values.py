@@ -42,6 +42,8 @@ class OnDisk:
     data: Any
     total: float | None = None
     genes: Int[np.ndarray, "genes"] | None = None
+    of_panel: bool = False
+    """Whether the total is that of the chosen genes, as where they were chosen first."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,16 +92,19 @@ class OnDisk:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process as the place of the values, where they are opened again."""
-        return _opened, (_place(self.data), self.total, self.genes)
+        how = {"total": self.total, "genes": self.genes, "of_panel": self.of_panel}
+        return _opened, (_place(self.data), how)
 
     def _prepared(self, block: sp.csr_matrix) -> sp.csr_matrix:
+        if self.genes is not None and self.of_panel:
+            block = block[:, self.genes]
         if self.total is not None:
             block = log1p(block, self.total)
-        return block if self.genes is None else block[:, self.genes]
+        return block if self.genes is None or self.of_panel else block[:, self.genes]
 
     def normalized(self, total: float) -> "OnDisk":
         """Bring counts to a common total and take ``log1p``, whenever rows are read."""
-        return replace(self, total=total)
+        return replace(self, total=total, of_panel=self.genes is not None)
 
     def panel(self, places: Int[np.ndarray, "genes"]) -> "OnDisk":
         """Only some columns."""
@@ -126,8 +131,8 @@ def state_of(path: Path) -> tuple[int, int]:
     return state.st_ino, state.st_mtime_ns
 
 
-def _opened(place: Any, total: float | None, genes: np.ndarray | None) -> OnDisk:
-    return OnDisk(data=_element(*place) if isinstance(place, tuple) else place, total=total, genes=genes)
+def _opened(place: Any, how: dict[str, Any]) -> OnDisk:
+    return OnDisk(data=_element(*place) if isinstance(place, tuple) else place, **how)
 
 
 _OPEN: dict[str, tuple[tuple[int, int], Any, dict[str, Any]]] = {}
@@ -151,7 +156,7 @@ def _element(path: str, name: str) -> Any:
         known = state, store, dict[str, Any]()
     _OPEN[path] = known
     while len(_OPEN) > MOST:
-        del _OPEN[next(iter(_OPEN))]
+        _OPEN.pop(next(iter(_OPEN)), None)
     _, store, elements = known
     if name not in elements:
         found: Any = store[name]

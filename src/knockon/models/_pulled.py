@@ -84,7 +84,7 @@ class PulledModel(Model):
 
         Conditions of which ripple must guess a part do not tell how far it can be trusted with the others.
         """
-        if self.ripple is None or not self.pulled:
+        if self.ripple is None or not self.pulled or not self.weight:
             return
         validation = [one for one in validation if bool(self.ripple.measures(one.condition))]
         if not validation:

@@ -186,7 +186,9 @@ class LatentFlow(PulledModel):
 
     def fit_statistics(self, train: "Screen") -> None:
         """Learn library sizes, and note which perturbations and contexts training will have seen."""
-        if self.ripple is not None:
+        if self.ripple is not None and not train.conditions:
+            self.weight.zero_()  # there is nothing to expect a mean from
+        elif self.ripple is not None:
             logarithms = prepare.fit(train, units="log1p")
             self.total.fill_(logarithms.total or 1.0)
             self.ripple.fit_statistics(prepare.apply(train, logarithms))

@@ -99,6 +99,7 @@ class Projection(nn.Module):
     """
 
     vectors: Float[Tensor, "codes width"]
+    known: Bool[Tensor, "codes"]
 
     def __init__(
         self, vectors: Float[np.ndarray, "perturbations width"], dim: int, *, normed: bool = True
@@ -106,7 +107,7 @@ class Projection(nn.Module):
         super().__init__()
         padded = torch.zeros(len(vectors) + 1, vectors.shape[1])
         padded[1:] = torch.from_numpy(vectors)
-        self.known = padded.isfinite().all(dim=1)
+        self.register_buffer("known", padded.isfinite().all(dim=1), persistent=False)
         self.register_buffer("vectors", torch.where(self.known[:, None], padded, 0), persistent=False)
         self.map = linear(vectors.shape[1], dim)
         self.rows = None if self.known.all() else nn.Embedding(len(padded), dim)
@@ -116,8 +117,7 @@ class Projection(nn.Module):
         """Look up and project."""
         found = self.map(self.vectors[codes])
         if self.rows is not None:
-            known = self.known.to(codes.device)[codes][..., None]
-            found = torch.where(known, found, self.rows(codes))
+            found = torch.where(self.known[codes][..., None], found, self.rows(codes))
         return self.norm(found)
 
 
@@ -172,7 +172,8 @@ class ConditionEncoder(nn.Module):
         encoded = genes
         if self.own is not None:
             own, is_gene = self.own(codes), self.is_gene[codes][..., None]
-            encoded = torch.where(is_gene, genes + own if isinstance(self.own, Projection) else genes, own)
+            added = own * self.own.known[codes][..., None] if isinstance(self.own, Projection) else 0
+            encoded = torch.where(is_gene, genes + added, own)
         return encoded if self.dose is None else self.dose(encoded, dose)
 
     def forward(
@@ -257,9 +258,9 @@ class Branches(nn.Module):
 
     def entries(self, spec: Spec) -> dict[str, tuple[Sequence[str] | None, ...]]:
         """Names along the dimensions of parameters that belong to perturbations and levels."""
-        found: dict[str, tuple[Sequence[str] | None, ...]] = {
-            "own.table.weight": (("", *spec.perturbations), None)
-        }
+        names = (("", *spec.perturbations), None)
+        found: dict[str, tuple[Sequence[str] | None, ...]]
+        found = {"own.table.weight": names, "own.rows.weight": names}
         for i, covariate in enumerate(spec.covariates):
             levels = [f"{covariate.name} {level}" for level in covariate.levels]
             found[f"covariates.{i}.table.weight"] = (levels, None)
@@ -269,7 +270,7 @@ class Branches(nn.Module):
         """Whether a perturbation was trained or has a vector."""
         known = self.trained
         if isinstance(self.own, Projection):
-            known = known | self.own.known.to(known.device)
+            known = known | self.own.known
         return known[codes] | (codes == NOTHING)
 
     def branches(self, condition: Condition) -> list[Float[Tensor, "sets dim"]]:
@@ -323,7 +324,7 @@ class ClassEncoder(Branches):
         super().__init__(spec, dim)
         self.hidden = nn.Parameter(torch.empty(1 + len(spec.covariates), dim))
         for name, parameter in self.named_parameters():
-            if name == "hidden" or name.endswith("table.weight"):
+            if name == "hidden" or name.endswith(("table.weight", "rows.weight")):
                 nn.init.normal_(parameter, std=0.02)
 
     def entries(self, spec: Spec) -> dict[str, tuple[Sequence[str] | None, ...]]:

@@ -33,8 +33,8 @@ def client(address: str, *, everywhere: bool) -> Any:
             mend="pip install 'knockon[cluster]'",
         ) from error
     try:
-        with Client(address, timeout=10, set_as_default=False):
-            pass  # one that fails would stay the default
+        if everywhere:  # one that fails to connect would stay the default
+            Client(address, timeout=10, set_as_default=False).close()
         return Client(address, timeout=10, set_as_default=everywhere)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -59,7 +59,7 @@ class LatentAdditive(Model):
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__(spec)
         codes, genes = len(spec.perturbations) + 1, len(spec.genes)
-        vectors, _ = _entries(spec)
+        vectors = _entries(spec)
         levels = sum(len(covariate.levels) for covariate in spec.covariates)
         self.register_buffer("vectors", torch.from_numpy(np.pad(vectors, ((1, 0), (0, 0)))).float())
         self.register_buffer("highest", torch.zeros(codes))
@@ -77,7 +77,9 @@ class LatentAdditive(Model):
         self.highest = self.highest.scatter_reduce(
             0, seen.perturbation.flatten(), seen.dose.flatten(), reduce="amax"
         )
-        self.known[1:] = torch.from_numpy(~_entries(self.spec)[1])
+        self.known.zero_()
+        if self.spec.vectors is not None:
+            self.known[1:] = torch.from_numpy(present(self.spec.vectors))
         self.known[seen.perturbation] = True
         self.known[0] = True
 
@@ -122,16 +124,13 @@ class LatentAdditive(Model):
         return torch.cat([nothing, *parts], dim=1)
 
 
-def _entries(
-    spec: Spec,
-) -> tuple[Float[np.ndarray, "perturbations width"], Bool[np.ndarray, "perturbations"]]:
-    """Vectors of perturbations, and which of them have none: each of those has an entry of its own."""
-    names = len(spec.perturbations)
+def _entries(spec: Spec) -> Float[np.ndarray, "perturbations width"]:
+    """Vectors of perturbations; one that has none has an entry of its own instead."""
+    own = np.eye(len(spec.perturbations))
     if spec.vectors is None:
-        return np.eye(names), np.ones(names, dtype=bool)
-    gaps = ~present(spec.vectors)
-    given = np.where(gaps[:, None], 0, spec.vectors)
-    return np.concatenate([given, np.eye(names)[:, gaps]], axis=1), gaps
+        return own
+    known = present(spec.vectors)
+    return np.concatenate([np.where(known[:, None], spec.vectors, 0), own[:, ~known]], axis=1)
 
 
 class Perceptron(nn.Module):

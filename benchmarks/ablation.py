@@ -4,7 +4,8 @@
 
 Each switch is set back alone and trained on simulated screens, which no other benchmark uses, with a seed for
 screen and training together; it is compared with the default preset of the same seed, double by held-out
-double. What is trained and scored stays in the folder `--out`, and is not done again.
+double. What is trained and scored stays in the folder `--out`, and is not done again. What is found goes into
+the record `docs/ablations.csv`, of which the table is drawn, wherever its lines were measured.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from benchmarks.jobs import How, Task, pooled, score
+from benchmarks.jobs import HERE, How, Task, pooled, score
 from benchmarks.measure import commit, table
 from knockon import models
 from knockon.data.simulate import demo, interaction
@@ -39,6 +40,9 @@ METRICS = (
     "zero_fraction_error",
 )
 SCREENS = {"demo": demo, "interaction": interaction}
+RECORD = HERE.parent / "docs" / "ablations.csv"
+FOUND = ("gain", "low", "high", "agreeing", "seeds", "verdict")
+KEYS = ("model", "changed", "screen")
 BEGIN, END = "<!-- ablations: by benchmarks.ablation -->", "<!-- end of ablations -->"
 """Lines of the page between which the table stands."""
 
@@ -145,8 +149,7 @@ def gains(scores: pd.DataFrame, base: str, changed: str) -> pd.DataFrame:
         own = gain.groupby("seed").mean()
         agreeing = int((np.sign(own) == np.sign(mean)).sum())
         rows.append((metric, mean, mean - half, mean + half, agreeing, len(own), verdict(mean, half)))
-    columns = ["metric", "gain", "low", "high", "agreeing", "seeds", "verdict"]
-    return pd.DataFrame.from_records(rows, columns=columns).set_index("metric")
+    return pd.DataFrame.from_records(rows, columns=["metric", *FOUND]).set_index("metric")
 
 
 def verdict(gain: float, half: float) -> str:
@@ -183,17 +186,37 @@ def gathered(screen: str, seeds: Sequence[int], out: Path) -> pd.DataFrame:
     return pd.concat(tables) if tables else pd.DataFrame(columns=columns)
 
 
-def written(ablations: Sequence[Ablation], screens: Sequence[str], seeds: Sequence[int], out: Path) -> str:
-    """Write the table of what was done."""
-    rows = []
+def measured(
+    ablations: Sequence[Ablation], screens: Sequence[str], seeds: Sequence[int], out: Path
+) -> pd.DataFrame:
+    """Compare all that was done: ``model, changed, screen, metric`` and what ``gains`` finds."""
+    tables = [pd.DataFrame(columns=[*KEYS, "metric", *FOUND])]
     for screen in screens:
         scores = gathered(screen, seeds, out)
         there = set(scores["model"])
-        for ablation in ablations:
-            if {ablation.base, ablation.name} <= there:
-                found = gains(scores, ablation.base, ablation.name)
+        for one in ablations:
+            if {one.base, one.name} <= there:
+                found = gains(scores, one.base, one.name).reset_index()
+                tables.append(found.assign(model=one.base, changed=one.change, screen=screen))
+    return pd.concat(tables[1:] or tables)[[*KEYS, "metric", *FOUND]]
+
+
+def kept(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """Put new lines in the place of old ones, but for those that are of fewer seeds."""
+    both = pd.concat([new, old]) if len(old) and len(new) else (new if len(new) else old)
+    both = both.sort_values("seeds", ascending=False, kind="stable")
+    return both.drop_duplicates([*KEYS, "metric"]).sort_values([*KEYS, "metric"], ignore_index=True)
+
+
+def written(lines: pd.DataFrame) -> str:
+    """Write the table of a record, in the order of models and switches."""
+    rows, places = [], lines.set_index([*KEYS, "metric"])
+    for screen in SCREENS:
+        for one in ABLATIONS:
+            if (one.base, one.change, screen, METRICS[0]) in places.index:
+                found = places.loc[(one.base, one.change, screen)].loc[[*METRICS]]
                 cells = [_cell(line) for _, line in found.iterrows()]
-                rows.append((f"`{ablation.base}`", ablation.change, screen, *cells, summed(found["verdict"])))
+                rows.append((f"`{one.base}`", one.change, screen, *cells, summed(found["verdict"])))
     return table(["model", "changed", "screen", *METRICS, "what the default has instead"], rows)
 
 
@@ -237,7 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for screen in asked.screens:
             for ablation in ablations if not asked.page_only else ():
                 run(ablation, screen, seed, how)
-    text = written(ABLATIONS, asked.screens, asked.seeds, asked.out)
+    lines = pd.read_csv(asked.record) if asked.record.exists() else measured((), (), (), asked.out)
+    lines = kept(lines, measured(ABLATIONS, asked.screens, asked.seeds, asked.out))
+    write_text(asked.record, lines.to_csv(index=False, float_format="%.6g"))
+    text = written(lines)
     command = shlex.join(["python", "-m", "benchmarks.ablation", *arguments])
     head = f"Commit {commit()}, {datetime.now(UTC).date()}, `{command}`."
     if asked.write:
@@ -267,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=(201, 202, 203), help="of screen and training"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of all runs")
+    parser.add_argument("--record", type=Path, default=RECORD, help="the record; another for trials")
     parser.add_argument("--write", type=Path, help="the page that has a place for the table")
     parser.add_argument("--page-only", action="store_true", help="train and score nothing")
     parser.add_argument("--cells", type=int, default=128, help="predicted cells of each condition")

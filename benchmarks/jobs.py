@@ -39,8 +39,6 @@ from knockon.types import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 HERE = Path(__file__).parent
-BASELESS = "baseless.json"
-"""In a task's folder: models that have a basis for none of its test conditions, and were not trained."""
 
 log = logging.getLogger("knockon")
 

@@ -1,36 +1,21 @@
-"""The page of results, made of what lies in the folder of the runs."""
+"""The page of results, drawn from the record."""
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
-import anndata
 import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks import residuals
-from benchmarks.jobs import BASELESS, Task, finished, pooled
+from benchmarks.jobs import Task
 from benchmarks.measure import commit, machine, table
-from knockon.data.simulate import truth
-from knockon.evaluate.summary import BASELINES, CEILING, calibrate, summarize
-from knockon.evaluate.tables import LONG
-from knockon.files import read_json
+from benchmarks.record import DISTRIBUTIONS, GROUPS, MEANS, RESIDUALS, Found, Note, Record
+from knockon.evaluate.summary import BASELINES, CEILING
 
-MEANS = (
-    "mse", "mae", "l2", "pearson_delta", "pearson_delta_top20", "centroid_delta", "centroid_delta_top20",
-    "discrimination",
-)  # fmt: skip
-DISTRIBUTIONS = ("energy_distance", "variance_corr", "zero_fraction_error")
-GROUPS = {
-    "mean metrics": MEANS,
-    "distribution metrics": DISTRIBUTIONS,
-    "energy distance": ("energy_distance",),
-    "mse": ("mse",),
-}
-"""Calibrated scores of the overview."""
+OVERVIEW = (*GROUPS, "energy_distance", "mse")
+"""Groups and metrics with a table of all tasks."""
 
 HEAD = """# Results
 
@@ -64,7 +49,7 @@ that intervals are somewhat too narrow. Bold: above 0 with its interval.
   any. No look at them before this ledger was kept is in it.
 """
 
-RESIDUALS = """Correlation over genes of the predicted residual of a double (its mean less the sum of its
+INTERACTIONS = """Correlation over genes of the predicted residual of a double (its mean less the sum of its
 singles) with the true one, which the simulation knows; mean over held-out doubles, with its interval.
 *measured singles*: the sum is that of the measured singles on both sides, so that both share its noise, and
 no effect at all scores above 0. *true singles*: of the true ones on both sides, without noise; an additive
@@ -73,74 +58,62 @@ prediction scores about 0, one that shrinks all effects above it. `ceiling`: the
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Found:
-    """All that was found in one task."""
+class Part:
+    """What the page says of one task."""
 
     task: Task
-    folders: Mapping[str, Path]
-    scores: pd.DataFrame
-    about: Mapping[str, list[dict[str, object]]]
-    """Of each model, what every fold notes of it."""
-    baseless: Sequence[str]
-    """Models that have a basis for no test condition."""
+    found: Found
+    models: Sequence[str]
+    """In the order of tables, the ceiling last."""
     looks: Mapping[str, str]
     """Of each model, how often it was scored."""
-    models: Sequence[str] = field(default=())
-    """In the order of tables, the ceiling last."""
 
-    def calibrated(self, groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-        """Calibrated scores, by model and group."""
-        return calibrate(self.scores, groups).set_index(["model", "group"])
+    @property
+    def conditions(self) -> int:
+        """Test conditions of all folds."""
+        return max(self.answered(model) for model in self.found.notes)
+
+    def answered(self, model: str) -> int:
+        """Test conditions of which a model has scores."""
+        return sum(note["conditions"] for note in self.found.notes.get(model, ()))
 
 
-def find(task: Task, out: Path, looks: Mapping[str, Mapping[str, int]], order: Sequence[str]) -> Found | None:
-    """Gather a task's folds; None where none is finished."""
-    folders = {path.parent.name: path.parent for path in sorted((out / task.name).glob("*/done.json"))}
-    if not folders:
+def part(task: Task, record: Record, order: Sequence[str]) -> Part | None:
+    """Take a task out of the record; None where it was never run."""
+    found = record.found(task.name)
+    if found is None:
         return None
-    scores = pooled(folders)
-    scores = scores.dropna(subset="value")
-    notes = [finished(folder) for folder in folders.values()]
-    there = set(scores["model"])
+    there = [*dict.fromkeys(found.lines.index.get_level_values("model"))]
     models = [name for name in order if name in there]
-    models += [name for name in dict.fromkeys(scores["model"]) if name not in (*models, CEILING)]
-    path = out / task.name / BASELESS
-    counts = [looks.get(f"{task.name}/{fold}", {}) for fold in folders]
-    return Found(
-        task=task,
-        folders=folders,
-        scores=scores[LONG],
-        about={name: [note[name] for note in notes if name in note] for note in notes for name in note},
-        baseless=read_json(path)["models"] if path.exists() else [],
-        looks={name: _looks(name, [note.get(name, {}) for note in notes], counts) for name in models},
-        models=(*models, CEILING),
-    )
+    models += [name for name in there if name not in (*models, CEILING)]
+    looks = {name: _looks(name, found.notes.get(name, ()), task.name, record) for name in models}
+    return Part(task=task, found=found, models=(*models, CEILING), looks=looks)
 
 
-def _looks(name: str, notes: Sequence[Mapping[str, object]], counts: Sequence[Mapping[str, int]]) -> str:
+def _looks(model: str, notes: Sequence[Note], task: str, record: Record) -> str:
     """Most looks at any fold, with this configuration and with any of the model."""
-    this = max(
-        there.get(f"{name} {note.get('configuration')}", 0) for note, there in zip(notes, counts, strict=True)
-    )
-    every = max(sum(n for key, n in there.items() if key.split()[0] == name) for there in counts)
+    this = every = 0
+    for note in notes:
+        there = record.looks.get(f"{task}/{note['fold']}", {})
+        this = max(this, there.get(f"{model} {note.get('configuration')}", 0))
+        every = max(every, sum(count for key, count in there.items() if key.split()[0] == model))
     return str(this) if this == every else f"{this} ({every})"
 
 
-def written(tasks: Sequence[Task], out: Path, ledger: Path, *, order: Sequence[str], command: str) -> str:
+def written(tasks: Sequence[Task], record: Record, *, order: Sequence[str], command: str) -> str:
     """Write the whole page as Markdown."""
-    looks = read_json(ledger) if ledger.exists() else {}
-    every = [found for task in tasks if (found := find(task, out, looks, order))]
-    missing = [task.name for task in tasks if task.name not in {found.task.name for found in every}]
-    parts = [_head(every, command), overview(every, order), interactions(every, out, order)]
-    parts += [screen(found) for found in every]
+    parts = [one for task in tasks if (one := part(task, record, order))]
+    missing = [task.name for task in tasks if task.name not in record.tasks]
+    texts = [_head(parts, command), overview(parts, order), interactions(parts, order)]
+    texts += [screen(one) for one in parts]
     if missing:
-        parts.append("Not run yet: " + ", ".join(missing) + ".\n")
-    return "\n".join(part for part in parts if part)
+        texts.append("Not run yet: " + ", ".join(missing) + ".\n")
+    return "\n".join(text for text in texts if text)
 
 
-def _head(every: Sequence[Found], command: str) -> str:
-    notes = [note for found in every for notes in found.about.values() for note in notes]
-    origins = sorted({f"{n['commit']} on {n['date']} ({n['machine']})" for n in notes if n["scored"]})
+def _head(parts: Sequence[Part], command: str) -> str:
+    notes = [note for one in parts for notes in one.found.notes.values() for note in notes if note["scored"]]
+    origins = sorted({f"{note['commit']} on {note['date']} ({note['machine']})" for note in notes})
     return HEAD.format(
         commit=commit(),
         date=datetime.now(UTC).date(),
@@ -157,34 +130,34 @@ def _head(every: Sequence[Found], command: str) -> str:
 # ---- tables ----------------------------------------------------------------------------------------
 
 
-def overview(every: Sequence[Found], order: Sequence[str]) -> str:
+def overview(parts: Sequence[Part], order: Sequence[str]) -> str:
     """Models x tasks, a table for each group, and where models are not better than the baseline."""
-    scores = {found.task.name: found.calibrated(GROUPS) for found in every}
-    models = [name for name in (*order, CEILING) if any(name in found.models for found in every)]
-    lines = ["## Overview\n", *(f"- **{found.task.name}**: {_described(found)}" for found in every), ""]
-    for group in GROUPS:
+    scores = {one.task.name: one.found.lines for one in parts}
+    models = [name for name in order if any(name in one.models for one in parts)]
+    lines = ["## Overview\n", *(f"- **{one.task.name}**: {_described(one)}" for one in parts), ""]
+    for metric in OVERVIEW:
         rows = [
-            (f"`{model}`", *(_calibrated(table, model, group) for table in scores.values()))
+            (f"`{model}`", *(_calibrated(lines, model, metric) for lines in scores.values()))
             for model in models
-            if model != CEILING
         ]
-        rows.append(("*metrics that count*", *(_counting(found, group) for found in scores.values())))
-        lines += [f"### {group.capitalize()}, calibrated\n", table(["model", *scores], rows), ""]
+        rows.append(("*metrics that count*", *(_counting(lines, metric) for lines in scores.values())))
+        title = metric.replace("_", " ").capitalize()
+        lines += [f"### {title}, calibrated\n", table(["model", *scores], rows), ""]
     lines.append("### Where a model is not better than the best simple baseline\n")
-    lines += [verdict(model, scores) for model in models if model not in (*BASELINES, CEILING)]
+    lines += [verdict(model, scores) for model in models if model not in BASELINES]
     return "\n".join(lines) + "\n"
 
 
 def verdict(model: str, scores: Mapping[str, pd.DataFrame]) -> str:
     """Say where a model is better than the best simple baseline with its interval, and where it is not."""
     lines = []
-    for group in ("mean metrics", "distribution metrics"):
+    for group in GROUPS:
         better, level, worse, untold, none = [], [], [], [], []
-        for task, calibrated in scores.items():
-            if (model, group) not in calibrated.index:
+        for task, found in scores.items():
+            if (model, group) not in found.index:
                 none.append(task)
                 continue
-            line = calibrated.loc[(model, group), :]
+            line = found.loc[(model, group), :]
             if pd.isna(line["low"]):
                 untold.append(task)
             elif line["low"] > 0:
@@ -206,88 +179,67 @@ def verdict(model: str, scores: Mapping[str, pd.DataFrame]) -> str:
     return "\n".join([f"- `{model}`", *lines])
 
 
-def interactions(every: Sequence[Found], out: Path, order: Sequence[str]) -> str:
+def interactions(parts: Sequence[Part], order: Sequence[str]) -> str:
     """Correlations of residuals, of simulated doubles."""
-    with_truth = [found for found in every if found.task.has_truth]
-    if not with_truth:
+    parts = [one for one in parts if one.task.has_truth]
+    if not parts:
         return ""
-    averages: dict[str, pd.DataFrame] = {}
-    for found in with_truth:
-        real = found.task.screen(out)
-        true = truth(anndata.read_h5ad(found.task.file(out)))
-        folds = found.task.folds(real)
-        tables = [
-            residuals.of_fold(folder, real, folds[fold], true) for fold, folder in found.folders.items()
-        ]
-        averages[found.task.name] = residuals.averaged(pd.concat(tables))
-    models = [name for name in (*order, CEILING) if any(name in found.models for found in with_truth)]
+    models = [name for name in (*order, CEILING) if any(name in one.models for one in parts)]
+    ways = [(one, way) for one in parts for way in RESIDUALS]
     rows = [
-        (
-            f"`{model}`",
-            *(_correlated(table, model, way) for table in averages.values() for way in residuals.WAYS),
-        )
+        (f"`{model}`", *(_correlated(one.found.lines, model, RESIDUALS[way]) for one, way in ways))
         for model in models
     ]
-    header = ["model", *(f"{name}, {way} singles" for name in averages for way in residuals.WAYS)]
-    return "\n".join(
-        (
-            "## Interactions\n",
-            RESIDUALS,
-            table(header, rows),
-            "",
-        )
-    )
+    header = ["model", *(f"{one.task.name}, {way} singles" for one, way in ways)]
+    return "\n".join(("## Interactions\n", INTERACTIONS, table(header, rows), ""))
 
 
-def screen(found: Found) -> str:
+def screen(one: Part) -> str:
     """Every metric of every model on one task."""
-    scores = summarize(found.scores)
-    means = scores.set_index(["metric", "model"])["mean"]
-    calibrated = found.calibrated({name: [name] for name in (*MEANS, *DISTRIBUTIONS)})
-    lines = [f"## {found.task.name}\n", f"{_described(found)}.\n"]
+    found, lines = one.found.lines, [f"## {one.task.name}\n", f"{_described(one)}.\n"]
+    valued = found["value"].dropna().index.get_level_values("metric")
     for metrics, about in ((MEANS, ()), (DISTRIBUTIONS, ("train (s)", "generate (s)", "scored"))):
-        known = [metric for metric in metrics if metric in means.index.get_level_values(0)]
+        known = [metric for metric in metrics if metric in valued]
         rows = [
             (
                 f"`{model}`",
-                *(_scored(means, calibrated, model, metric) for metric in known),
-                *(_about(found, model) if about else ()),
+                *(_scored(found, model, metric) for metric in known),
+                *(_about(one, model) if about else ()),
             )
-            for model in found.models
+            for model in one.models
         ]
         lines += [table(["model", *known, *about], rows), ""]
-    lines += _remarks(found)
+    lines += _remarks(one)
     return "\n".join(lines)
 
 
-def _described(found: Found) -> str:
-    count, folds = found.scores["condition"].nunique(), len(found.folders)
-    return f"{found.task.about}; {count} test conditions" + (f" in {folds} folds" if folds > 1 else "")
+def _described(one: Part) -> str:
+    folds = f" in {one.found.folds} folds" if one.found.folds > 1 else ""
+    return f"{one.task.about}; {one.conditions} test conditions{folds}"
 
 
-def _remarks(found: Found) -> list[str]:
+def _remarks(one: Part) -> list[str]:
     """Say what is not as the table looks."""
-    lines, folds = [], len(found.folders)
-    whole = found.scores.groupby("model")["condition"].nunique()
-    for model, notes in found.about.items():
-        errors = [str(note["error"]) for note in notes if note.get("error")]
+    lines, folds = [], one.found.folds
+    for model, notes in one.found.notes.items():
+        errors = [note["error"] for note in notes if note.get("error")]
         refused = sum(not note["scored"] for note in notes) - len(errors)
         if errors:
             lines.append(f"- `{model}` has no scores in {len(errors)} of {folds} folds: {errors[0]}")
         if refused:
             lines.append(f"- `{model}` has no basis for some test conditions in {refused} of {folds} folds.")
-    if found.baseless:
-        names = ", ".join(f"`{name}`" for name in found.baseless)
+    if one.found.baseless:
+        names = ", ".join(f"`{name}`" for name in one.found.baseless)
         lines.append(f"- No basis for any test condition, and not trained: {names}.")
-    for model in found.models:
-        answered = sum(int(str(note.get("fallback", 0))) for note in found.about.get(model, ()))
-        if answered:
+    for model in one.models[:-1]:
+        scored, elsewhere = one.answered(model), sum(n.get("fallback", 0) for n in one.found.notes[model])
+        if elsewhere:
             lines.append(
-                f"- `{model}` has no basis for {answered} of {whole[model]} conditions: "
-                f"`{found.task.fallback}` answers."
+                f"- `{model}` has no basis for {elsewhere} of {scored} conditions: "
+                f"`{one.task.fallback}` answers."
             )
-        if whole[model] < whole.max():
-            lines.append(f"- `{model}` has scores of {whole[model]} of {whole.max()} conditions.")
+        if scored < one.conditions:
+            lines.append(f"- `{model}` has scores of {scored} of {one.conditions} conditions.")
     return [*lines, ""] if lines else lines
 
 
@@ -315,34 +267,35 @@ def raw(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3g}"
 
 
-def _calibrated(calibrated: pd.DataFrame, model: str, group: str) -> str:
-    if (model, group) not in calibrated.index:
+def _calibrated(lines: pd.DataFrame, model: str, metric: str) -> str:
+    if (model, metric) not in lines.index:
         return ""
-    line = calibrated.loc[(model, group), :]
+    line = lines.loc[(model, metric), :]
     return span(line["calibrated"], line["low"], line["high"])
 
 
-def _counting(calibrated: pd.DataFrame, group: str) -> str:
+def _counting(lines: pd.DataFrame, metric: str) -> str:
     """Say how many metrics of a group have room between baseline and replicate."""
-    return f"{calibrated.xs(group, level='group')['metrics'].max()} of {len(GROUPS[group])}"
+    counted = lines.xs(metric, level="metric")["metrics"].max()
+    return f"{counted:.0f} of {len(GROUPS.get(metric, (metric,)))}"
 
 
-def _correlated(averages: pd.DataFrame, model: str, way: str) -> str:
-    if (model, way) not in averages.index:
+def _correlated(lines: pd.DataFrame, model: str, metric: str) -> str:
+    if (model, metric) not in lines.index:
         return ""
-    return span(*averages.loc[(model, way), :])
+    return span(*lines.loc[(model, metric), ["value", "low", "high"]])
 
 
-def _scored(means: pd.Series, calibrated: pd.DataFrame, model: str, metric: str) -> str:
-    if (metric, model) not in means.index:
+def _scored(lines: pd.DataFrame, model: str, metric: str) -> str:
+    if (model, metric) not in lines.index:
         return ""
-    text = raw(means[metric, model])
-    return text if model == CEILING else f"{text}<br>{_calibrated(calibrated, model, metric)}"
+    text = raw(lines.loc[(model, metric), "value"])
+    return text if model == CEILING else f"{text}<br>{_calibrated(lines, model, metric)}"
 
 
-def _about(found: Found, model: str) -> tuple[str, str, str]:
-    notes = [note for note in found.about.get(model, ()) if note.get("scored")]
+def _about(one: Part, model: str) -> tuple[str, str, str]:
+    notes = [note for note in one.found.notes.get(model, ()) if note["scored"]]
     if not notes:
         return "", "", ""
-    train, generate = (np.mean([float(str(note[key])) for note in notes]) for key in ("train", "generate"))
-    return f"{train:.0f}" if train >= 10 else f"{train:.1f}", f"{generate:.1f}", found.looks[model]
+    train, generate = (np.mean([note[key] for note in notes]) for key in ("train", "generate"))
+    return f"{train:.0f}" if train >= 10 else f"{train:.1f}", f"{generate:.1f}", one.looks[model]

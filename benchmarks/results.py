@@ -2,8 +2,9 @@
 
     python -m benchmarks.results [--only demo norman19 ...] [--models ripple ...] [--write docs/results.md]
 
-What is trained and scored stays in the folder `--out`, and is not done again; the page shows all that lies
-there. Times are of the machine that the page names, with whatever else it did.
+What is trained and scored stays in the folder `--out`, and is not done again. What is found goes into the
+record beside the page, which shows all that is in it, wherever that was trained; a model that is trained anew
+takes the place of what was found of it. Times are of the machine that did it, with whatever else it did.
 """
 
 import argparse
@@ -14,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from benchmarks import page
-from benchmarks.jobs import BASELESS, HERE, SHARED, How, Task, finished, has_basis, score
+from benchmarks import page, record
+from benchmarks.jobs import HERE, SHARED, How, Task, finished, has_basis, score
 from knockon import models
 from knockon.data.conventions import Columns
 from knockon.data.simulate import contexts, demo, interaction
 from knockon.evaluate.summary import BASELINES
-from knockon.files import read_json, write_json, write_text
+from knockon.files import write_text
 from knockon.model import Recipe
 from knockon.train import Options
 
@@ -156,30 +157,23 @@ def _answering(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def run(task: Task, how: How, further: dict[str, Recipe], ledger: Path) -> None:
-    """Score what is missing of all folds of a task, and count in the ledger what was really scored."""
+def run(task: Task, how: How, further: dict[str, Recipe], kept: Path) -> None:
+    """Score what is missing of all folds of a task, count each look, and record what was found."""
     screen = task.screen(how.out)
-    folds = task.folds(screen)
+    folds, baseless = task.folds(screen), []
     if screen.units != "counts":
         further = {name: recipe for name, recipe in further.items() if not name.startswith("scldm")}
     if task.fallback:
         options, tests = replace(how.options, genes=task.genes), list(folds.values())
         baseless = [name for name, one in further.items() if not has_basis(one, screen, tests, options)]
         further = {name: recipe for name, recipe in further.items() if name not in baseless}
-        write_json(how.out / task.name / BASELESS, {"models": baseless})
     for fold, split in folds.items():
         folder = how.out / task.name / fold
         log.info("%s, fold %s", task.name, fold)
         for name in score(task, folder, screen, split, how, further):
-            count(ledger, f"{task.name}/{fold}", f"{name} {finished(folder)[name]['configuration']}")
-
-
-def count(ledger: Path, place: str, what: str) -> None:
-    """Note that the test conditions of a fold were looked at once more, by a model of some configuration."""
-    looks = read_json(ledger) if ledger.exists() else {}
-    there = looks.setdefault(place, {})
-    there[what] = there.get(what, 0) + 1
-    write_json(ledger, looks)
+            what = f"{name} {finished(folder)[name]['configuration']}"
+            record.count(kept, f"{task.name}/{fold}", what)
+    record.keep(kept, task, how.out, further, baseless)
 
 
 def main(arguments: Sequence[str] | None = None, tasks: Sequence[Task] = TASKS) -> None:
@@ -198,10 +192,10 @@ def main(arguments: Sequence[str] | None = None, tasks: Sequence[Task] = TASKS) 
     further = chosen(asked.models)
     for task in tasks:
         if any(task.name.startswith(name) for name in asked.only or [""]) and not asked.page_only:
-            run(task, how, further, asked.ledger)
+            run(task, how, further, asked.record)
     if asked.write:
         command = shlex.join(["python", "-m", "benchmarks.results", *arguments])
-        text = page.written(tasks, how.out, asked.ledger, order=MODELS, command=command)
+        text = page.written(tasks, record.Record.read(asked.record), order=MODELS, command=command)
         write_text(asked.write, text)
 
 
@@ -215,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of all runs")
     parser.add_argument("--write", type=Path, help="the page to write")
     parser.add_argument("--page-only", action="store_true", help="train and score nothing")
-    parser.add_argument("--ledger", type=Path, default=HERE.parent / "docs" / "results.json")
+    parser.add_argument(
+        "--record", type=Path, default=HERE.parent / "docs", help="folder of the record; another for trials"
+    )
     parser.add_argument("--cells", type=int, default=256, help="predicted cells of each condition")
     parser.add_argument("--seed", type=int, default=0, help="of training, prediction and ceiling")
     parser.add_argument("--steps", type=int, help="of training, for a trial")

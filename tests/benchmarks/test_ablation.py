@@ -77,3 +77,23 @@ def test_the_table_goes_between_its_markers():
     assert ablation.placed(page, "new") == f"before\n{ablation.BEGIN}\nnew\n{ablation.END}\nafter\n"
     with pytest.raises(UserError, match="no place for ablations"):
         ablation.placed("before\n", "new")
+
+
+def test_lines_of_the_record_give_way_to_those_of_as_many_seeds():
+    old = ablation.gains(scores(0.5, seeds=2), "base", "changed").dropna().reset_index()
+    old = old.assign(model="ripple", changed="`populations=0`", screen="demo")
+    fewer = old.assign(gain=7.0, seeds=1)
+    other = old.assign(gain=8.0, screen="interaction")
+    newer = old.assign(gain=9.0)
+    lines = ablation.kept(ablation.kept(old, fewer), other)
+    assert set(lines.loc[lines["screen"] == "demo", "gain"]) == set(old["gain"])
+    both = ablation.kept(lines, newer)
+    assert set(both.loc[both["screen"] == "demo", "gain"]) == {9.0}
+    assert len(both) == len(lines) == 2 * len(old)
+
+
+def test_the_table_is_drawn_from_its_record():
+    lines = pd.read_csv(ablation.RECORD)
+    page = (ablation.RECORD.parent / "reproduction.md").read_text()
+    for row in ablation.written(lines).splitlines():
+        assert row in page

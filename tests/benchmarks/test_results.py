@@ -1,11 +1,13 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from benchmarks import jobs, page, residuals, results
+from benchmarks import jobs, page, record, residuals, results
 from benchmarks.jobs import Task
+from benchmarks.record import Record
 
 from knockon import models, splits
 from knockon.data import simulate
@@ -135,7 +137,7 @@ def test_a_model_that_cannot_be_scored_keeps_nobody_from_it(score, tmp_path):
     assert "neither counts nor log1p" in str(note["error"])
 
 
-# ---- configurations and the ledger -----------------------------------------------------------------
+# ---- configurations and looks -----------------------------------------------------------------------
 
 
 def test_the_mark_of_a_recipe_differs_for_every_change():
@@ -150,11 +152,11 @@ def test_the_mark_of_a_recipe_differs_for_every_change():
 
 
 def test_looks_are_counted_by_place_and_configuration(tmp_path):
-    ledger = tmp_path / "looks.json"
     for what in ("scdfm aa", "scdfm aa", "scdfm bb"):
-        results.count(ledger, "demo0/42", what)
-    results.count(ledger, "demo0/43", "scdfm aa")
-    assert read_json(ledger) == {"demo0/42": {"scdfm aa": 2, "scdfm bb": 1}, "demo0/43": {"scdfm aa": 1}}
+        record.count(tmp_path, "demo0/42", what)
+    record.count(tmp_path, "demo0/43", "scdfm aa")
+    looks = Record.read(tmp_path).looks
+    assert looks == {"demo0/42": {"scdfm aa": 2, "scdfm bb": 1}, "demo0/43": {"scdfm aa": 1}}
 
 
 @pytest.mark.parametrize("name", results.SIZES)
@@ -242,18 +244,60 @@ def folder_of(out: Path, task: str, fold: str, values: dict[str, float]) -> None
     write_json(folder / "done.json", done | {"broken": {**note, "scored": False, "error": "Not log1p."}})
 
 
+TASKS = [Task(name=name, about=f"the {name}", data=Path("nowhere.h5ad")) for name in ("one", "two", "three")]
+ANCHORS = {"ceiling": 1.0, "no_effect": 4.0, "mean_shift": 3.5, "additive": 3.0}
+
+
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    tmp_path = tmp_path_factory.mktemp("results")
+def kept(tmp_path_factory):
+    """Record of two tasks."""
+    out, folder = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("record")
     for fold in ("42", "43"):
-        scores = {"ceiling": 1.0, "no_effect": 4.0, "mean_shift": 3.5, "additive": 3.0}
-        folder_of(tmp_path, "first", fold, scores | {"mine": 2.0, "other": 3.2})
-    folder_of(tmp_path, "second", "42", {"ceiling": 3.0, "no_effect": 3.0, "additive": 2.9, "mine": 3.0})
-    data = Path("nowhere.h5ad")
-    tasks = [Task(name=name, about=f"the {name}", data=data) for name in ("first", "second", "third")]
-    ledger = tmp_path / "looks.json"
-    write_json(ledger, {"first/42": {"mine aa": 2, "mine bb": 1}, "first/43": {"mine aa": 1, "other aa": 1}})
-    return page.written(tasks, tmp_path, ledger, order=("no_effect", "mine", "other"), command="the command")
+        folder_of(out, "one", fold, ANCHORS | {"mine": 2.0, "other": 3.2})
+    folder_of(out, "two", "42", {"ceiling": 3.0, "no_effect": 3.0, "additive": 2.9, "mine": 3.0})
+    for place, what in (("one/42", "mine aa"), ("one/42", "mine aa"), ("one/42", "mine bb")):
+        record.count(folder, place, what)
+    record.count(folder, "one/43", "other aa")
+    record.keep(folder, TASKS[0], out, ["mine", "other", "broken"])
+    record.keep(folder, TASKS[1], out, ["mine"], ["nobody"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(kept):
+    order = ("no_effect", "mine", "other")
+    return page.written(TASKS, Record.read(kept), order=order, command="the command")
+
+
+def test_what_is_found_anew_takes_the_place_of_what_was_found_of_it(kept, tmp_path):
+    """The runs of the others are gone; so are the older folds of what now has no scores."""
+    shutil.copytree(kept, tmp_path / "record")
+    folder_of(tmp_path, "one", "42", ANCHORS | {"mine": 1.5, "third": 2.5, "stale": 0.0})
+    before = Record.read(kept).found("one")
+    record.keep(tmp_path / "record", TASKS[0], tmp_path, ["mine", "third"])
+    after = Record.read(tmp_path / "record").found("one")
+    assert before is not None
+    assert after is not None
+    for there, name, value in ((before, "mine", 0.5), (after, "mine", 0.75), (after, "third", 0.25)):
+        assert there.lines.loc[(name, "mse"), "calibrated"] == pytest.approx(value)
+        assert there.lines.loc[(name, "mean metrics"), "calibrated"] == pytest.approx(value)
+    pd.testing.assert_frame_equal(after.lines.loc[["other"]], before.lines.loc[["other"]])
+    assert after.notes["broken"] == before.notes["broken"]
+    assert [note["conditions"] for note in after.notes["mine"]] == [4]
+    assert "stale" not in after.notes
+    assert after.folds == 2
+
+
+def test_a_model_that_fails_now_is_not_shown_with_what_it_once_had(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "record")
+    folder_of(tmp_path, "one", "42", ANCHORS)
+    done = jobs.finished(tmp_path / "one" / "42")
+    write_json(tmp_path / "one" / "42" / "done.json", done | {"mine": done["broken"]})
+    record.keep(tmp_path / "record", TASKS[0], tmp_path, ["mine"])
+    found = Record.read(tmp_path / "record").found("one")
+    assert found is not None
+    assert "mine" not in found.lines.index
+    assert found.notes["mine"][0]["error"] == "Not log1p."
 
 
 def row(text: str, start: str, nth: int = 0) -> list[str]:
@@ -270,15 +314,16 @@ def test_the_page_pools_folds_and_calibrates(text):
 def test_the_page_says_where_a_model_is_not_better(text):
     _, _, verdicts = text.partition("Where a model is not better")
     mine, _, other = verdicts.partition("- `other`")
-    assert "mean metrics: **better** on first; no room to tell on second." in mine
-    assert "distribution metrics: **worse** on first; no scores on second." in other
+    assert "mean metrics: **better** on one; no room to tell on two." in mine
+    assert "distribution metrics: **worse** on one; no scores on two." in other
 
 
 def test_the_page_says_how_it_came_about(text):
     assert "Made by `the command`" in text
     assert "abc on today (box)" in text
-    assert "Not run yet: third." in text
+    assert "Not run yet: three." in text
     assert "`broken` has no scores in 2 of 2 folds: Not log1p." in text
+    assert "not trained: `nobody`." in text
 
 
 def test_the_page_counts_looks_and_seconds(text):
@@ -293,3 +338,10 @@ def test_numbers_are_short():
     ]
     assert page.span(np.nan, np.nan, np.nan) == "-"
     assert page.span(0.5, np.nan, np.nan) == "0.50"
+
+
+def test_the_page_in_the_repository_is_that_of_its_record():
+    docs = results.HERE.parent / "docs"
+    made = page.written(results.TASKS, Record.read(docs), order=results.MODELS, command="")
+    written = set((docs / "results.md").read_text(encoding="utf-8").splitlines())
+    assert {line for line in made.splitlines() if line.startswith(("| ", "- `"))} <= written

@@ -56,8 +56,8 @@ def screen() -> Screen:
 def run(screen: Screen, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Both stages, one after the other."""
     recipe = scldm.small()
-    config = replace(recipe.model, stage_one=replace(recipe.model.stage_one, steps=150))
-    recipe = Recipe(model=config, train=replace(recipe.train, steps=250))
+    config = replace(recipe.model, stage_one=replace(recipe.model.stage_one, steps=30))
+    recipe = Recipe(model=config, train=replace(recipe.train, steps=40))
     return ko.train(recipe, screen, splits.additive(screen), out=tmp_path_factory.mktemp("run"))
 
 

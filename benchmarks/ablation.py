@@ -108,9 +108,9 @@ ABLATIONS = (
     *_switched(
         "scdfm",
         pulled=False,
+        normal_scores=False,
         gaussian_base=False,
         anchored_base=False,
-        whole_counts=False,
         skip_constant=False,
         time_scale=1.0,
         zero_init=False,

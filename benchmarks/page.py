@@ -40,8 +40,9 @@ that intervals are somewhat too narrow. Bold: above 0 with its interval.
   independent.
 - `no_effect` is the floor. `scdfm`, `perturbdiff`, `scldm` and `ripple` are the default presets.
 - `scdfm-paper`, `perturbdiff-paper`, `scldm-paper`: objective and switches of the paper preset at the widths,
-  layers, heads, sets, cells and steps of the default one, and with its rates; scDFM and scLDM also with its
-  solver, since the published ones take many times as long. The published sizes and 200,000 steps cannot be
+  layers, heads, sets, cells and steps of the default one, and with its rates; scLDM also with its solver.
+  scDFM has more steps than its default, which begins nearer to its end: 700 at a rate of .001, and ten Euler
+  steps. The published solvers take many times as long, and the published sizes and 200,000 steps cannot be
   trained on two cores: these rows show what the switches do, not what the papers reached.
 - *train*: seconds of training with preparation and statistics; *generate*: seconds of {cells} cells of each
   test condition; means over folds, and other work on the machine is in them.

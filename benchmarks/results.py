@@ -38,6 +38,8 @@ SIZES = {
     "scldm_vae": ("width", "layers", "heads", "cross_heads", "latents", "latent_width"),
 }
 """What is no switch but a size, of networks, sets and the sampler's steps."""
+LONGER = {"scdfm": ({"solver": "euler", "points": 11}, {"steps": 700, "lr": 1e-3})}
+"""What the switches of a paper get, of the model and of training, where the default needs less."""
 MODELS = (
     *BASELINES, "linear", "nearest", "latent_additive", "response_surface", "ripple",
     "ripple-independent",
@@ -130,9 +132,10 @@ def paper_switches(name: str) -> Recipe:
     """
     default, paper = models.recipe(name), models.recipe(name, "paper")
     sizes = {field: getattr(default.model, field) for field in SIZES[name]}
+    model, training = LONGER.get(name, ({}, {}))
     if name == "scldm":
         sizes["autoencoder"] = paper_switches("scldm_vae").model
-    return Recipe(model=replace(paper.model, **sizes), train=default.train)
+    return Recipe(model=replace(paper.model, **(sizes | model)), train=replace(default.train, **training))
 
 
 def chosen(names: Sequence[str]) -> dict[str, Recipe]:

@@ -21,8 +21,8 @@ class Repeated(PulledModel):
 
     units = "log1p"
 
-    def __init__(self, spec: Spec, cells: Float[Tensor, "cells genes"], *, pulled: bool = True) -> None:
-        super().__init__(spec, anchored=False, pulled=pulled)
+    def __init__(self, spec: Spec, cells: Float[Tensor, "cells genes"], **switches: bool) -> None:
+        super().__init__(spec, **({"anchored": False, "pulled": True} | switches))
         self.cells = cells
 
     def fit_statistics(self, train: Screen) -> None:
@@ -54,7 +54,12 @@ def screen(make_screen) -> Screen:
 def chosen(screen: Screen, cells: Tensor, labels: Sequence[Label] = (AB,), **switches: bool) -> float:
     model = Repeated(screen.spec(), cells, **switches)
     model.fit_statistics(screen.select([label for label in screen.labels if label != AB]))
-    sets = [
+    model.choose(sets_of(screen, model, labels), 0)
+    return float(model.weight)
+
+
+def sets_of(screen: Screen, model: PulledModel, labels: Sequence[Label]) -> list[CellSets]:
+    return [
         CellSets(
             target=torch.from_numpy(screen.cells_of(label))[None, 60:],
             control=torch.from_numpy(screen.cells_of(Label()))[None, :60],
@@ -62,8 +67,6 @@ def chosen(screen: Screen, cells: Tensor, labels: Sequence[Label] = (AB,), **swi
         )
         for label in labels
     ]
-    model.choose(sets, 0)
-    return float(model.weight)
 
 
 def test_cells_that_are_right_stay_and_others_are_pulled(screen: Screen) -> None:
@@ -76,3 +79,28 @@ def test_without_validation_conditions_or_a_pull_nothing_is_chosen(screen: Scree
     right = torch.from_numpy(screen.cells_of(AB))
     assert chosen(screen, right, []) == 1.0
     assert chosen(screen, right, pulled=False) == 1.0
+
+
+class Learned(Repeated):
+    """What it learned is wrong: cells at twice their values."""
+
+    def make(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        return super().make(control, condition, noise) * (1 + self.share)
+
+
+@pytest.mark.parametrize(("scale", "share"), [(1.0, 0.0), (0.5, 1.0), (2 / 3, 0.5)])
+@pytest.mark.parametrize("pulled", [False, True])
+def test_the_share_of_what_was_learned_is_chosen(
+    screen: Screen, scale: float, share: float, pulled: bool
+) -> None:
+    right = torch.from_numpy(screen.cells_of(AB))
+    model = Learned(screen.spec(), scale * right, pulled=pulled, shrunk=True)
+    model.fit_statistics(screen.select([label for label in screen.labels if label != AB]))
+    model.choose(sets_of(screen, model, [AB]), 0)
+    assert (float(model.share), float(model.weight)) == (share, 0.0 if pulled else 1.0)
+    whole = Learned(screen.spec(), scale * right, pulled=pulled)
+    whole.fit_statistics(screen)
+    whole.choose(sets_of(screen, whole, [AB]), 0)
+    assert float(whole.share) == 1.0

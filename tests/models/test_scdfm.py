@@ -153,6 +153,7 @@ SWITCHES = [
     {"mmd": 0.0},
     {"source": "poisson"},
     {"gaussian_base": False},
+    {"normal_scores": False},
     {"anchored_base": True},
     {"normed_keys": False},
     {"residual_adapter": False},
@@ -186,6 +187,19 @@ def test_every_switch_trains_and_generates(rng, make_screen, switches):
     assert not torch.equal(drawn[0], drawn[2])
 
 
+def test_generation_takes_a_share_of_what_the_network_adds(rng):
+    model = build(pulled=False).eval()
+    x, control = torch.randn(2, 4, GENES, generator=rng)
+    found = []
+    for share in (0.0, 0.5, 1.0):
+        model.share.fill_(share)
+        found.append(velocity(model, torch.arange(GENES), x, control))
+    torch.testing.assert_close(found[1], (found[0] + found[2]) / 2)
+    assert not torch.equal(found[0], found[2])
+    model.train().share.fill_(0)
+    torch.testing.assert_close(velocity(model, torch.arange(GENES), x, control), found[2])
+
+
 def test_closed_gates_leave_the_gaussian_velocity(rng):
     model = replace(SMALL, anchored_base=False, pulled=False).build(SPEC)
     model.data_moments[:] = torch.rand(2, GENES, generator=rng)
@@ -199,7 +213,7 @@ def test_closed_gates_leave_the_gaussian_velocity(rng):
 def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
     mean, std = torch.rand(GENES, generator=rng) + 4, torch.rand(GENES, generator=rng) + 0.1
     cells = (mean + std * torch.randn(1000, GENES, generator=rng)).numpy()
-    model = replace(SMALL, anchored_base=False, pulled=False, whole_counts=False, points=12).build(SPEC)
+    model = replace(SMALL, anchored_base=False, pulled=False, normal_scores=False, points=12).build(SPEC)
     model.fit_statistics(make_screen({Label(): cells[:10], Label.of(["g1"]): cells}, SPEC.genes))
     drawn = model.sample(torch.zeros(1, 400, GENES), CONDITION[:1], Noise(rng))[0]
     torch.testing.assert_close(drawn.mean(0), torch.from_numpy(cells.mean(0)), rtol=0, atol=0.2)
@@ -210,7 +224,8 @@ def test_an_untrained_model_has_the_moments_of_training_cells(rng, make_screen):
 def test_only_an_anchored_base_ends_where_ripple_expects(rng, make_screen, pulled):
     cells = torch.rand(60, GENES, generator=rng).numpy()
     screen = make_screen({Label(): cells[:30], Label.of(["g1"]): cells[30:] + 1}, SPEC.genes)
-    anchored, plain = (build(anchored_base=on, pulled=pulled).eval() for on in (True, False))
+    switches = {"pulled": pulled, "normal_scores": False}
+    anchored, plain = (build(anchored_base=on, **switches).eval() for on in (True, False))
     for model in (anchored, plain):
         model.fit_statistics(screen)
     assert torch.equal(plain.mean(CONDITION), plain.data_moments[0].expand(3, -1))
@@ -218,22 +233,41 @@ def test_only_an_anchored_base_ends_where_ripple_expects(rng, make_screen, pulle
 
 
 def test_poisson_noise_scatters_around_the_control_cell(rng):
-    model = build(source="poisson")
+    model = build(source="poisson", normal_scores=False)
     control = torch.rand(1, 1, GENES, generator=rng).expand(1, 4000, -1)
-    start = model.start(control, Noise(rng))
+    start = model.start(control, Noise(rng), torch.arange(GENES))
     share = control[0, 0].expm1() / control[0, 0].expm1().sum()
     torch.testing.assert_close(start.expm1().mean((0, 1)), 1e4 * share, rtol=0.01, atol=0)
 
 
-def test_constant_genes_are_kept_and_small_values_become_zero(rng, make_screen):
+@pytest.mark.parametrize("normal_scores", [False, True])
+def test_constant_genes_are_kept(rng, make_screen, normal_scores):
     cells = torch.rand(60, GENES, generator=rng).numpy() + 1
     cells[:, 3], cells[:, 5] = 0.0, 0.7
-    model = build()
+    model = build(normal_scores=normal_scores)
     model.fit_statistics(make_screen({Label(): cells[:30], Label.of(["g1"]): cells[30:]}, SPEC.genes))
     drawn = model.sample(torch.zeros(1, 50, GENES), CONDITION[:1], Noise(rng))[0]
     assert (drawn[:, 3] == 0).all()
     torch.testing.assert_close(drawn[:, 5], torch.full((50,), 0.7))
-    assert not ((drawn > 0) & (drawn < 0.69)).any()
+
+
+def test_an_untrained_model_has_the_values_and_zeros_of_training_cells_and_the_means_of_ripple(
+    rng, make_screen
+):
+    """Of two conditions, one with half the counts of the other, all cells of one depth."""
+    draw = np.random.default_rng(0)
+    one, other = (np.log1p(draw.negative_binomial(3, 3 / (3 + mean), (1000, GENES))) for mean in (1.0, 2.0))
+    cells = {Label(): other, Label.of(["g1"]): one, Label.of(["x"]): other}
+    model = replace(SMALL, pulled=False).build(SPEC).eval()
+    model.fit_statistics(make_screen({k: v.astype(np.float32) for k, v in cells.items()}, SPEC.genes))
+    condition = SPEC.encode([Label.of(["g1"]), Label.of(["x"])])
+    made = model.sample(torch.zeros(2, 1000, GENES), condition, Noise(rng)).detach()
+    torch.testing.assert_close(made.mean(1), model.ripple.expect(condition), atol=0.06, rtol=0)
+    for drawn, real in zip(made.numpy(), (one, other), strict=True):
+        assert np.abs((drawn == 0).mean(0) - (real == 0).mean(0)).max() < 0.06
+        assert np.abs(drawn.std(0) - real.std(0)).max() < 0.08
+        few = np.abs(np.expm1(drawn) - np.expm1(drawn).round()) < 1e-3
+        assert few.mean() > 0.9
 
 
 def test_knows_genes_and_what_it_was_trained_on(make_screen):

@@ -1,7 +1,7 @@
 """Models whose cells are moved towards the mean of ripple in the end."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -15,6 +15,8 @@ from knockon.types import CellSets, Condition, Noise, Spec
 
 WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Weights of the mean of ripple that are tried."""
+SHARES = (0.0, 0.5, 1.0)
+"""Shares of what the network learned that are tried."""
 
 
 class PulledModel(Model):
@@ -24,19 +26,26 @@ class PulledModel(Model):
     whose parts were measured; without any it is 1. Cells of a set are moved together, so that they depend on
     each other and a few of them vary too little.
 
+    A model that adds what it learns to what it knew may let the ``share`` of it be chosen likewise.
+
     Parameters
     ----------
     anchored
         Whether the model needs ripple for more than that.
     pulled
         Whether cells are moved at all.
+    shrunk
+        Whether the share is chosen; else it is 1.
     """
 
     weight: Float[Tensor, ""]
+    share: Float[Tensor, ""]
 
-    def __init__(self, spec: Spec, *, anchored: bool, pulled: bool) -> None:
+    def __init__(self, spec: Spec, *, anchored: bool, pulled: bool, shrunk: bool = False) -> None:
         super().__init__(spec)
         self.pulled = pulled
+        self.shrunk = shrunk
+        self.register_buffer("share", torch.ones(()))
         self.ripple = Config(missing="mean").build(spec) if anchored or pulled else None
         self.register_buffer("weight", torch.ones(()))
 
@@ -80,23 +89,37 @@ class PulledModel(Model):
 
     @final
     def choose(self, validation: Sequence[CellSets], seed: int) -> None:
-        """Choose the weight that brings cells nearest to measured ones, by energy distance.
+        """Choose weight and share that bring cells nearest to measured ones, by energy distance.
 
         Conditions of which ripple must guess a part do not tell how far it can be trusted with the others.
         """
-        if self.ripple is None or not self.pulled or not self.weight:
+        moves = self.ripple is not None and self.pulled and bool(self.weight)
+        weights = WEIGHTS if moves else (float(self.weight),)
+        shares = SHARES if self.shrunk else (float(self.share),)
+        if self.ripple is not None:
+            validation = [one for one in validation if bool(self.ripple.measures(one.condition))]
+        if not validation or len(weights) * len(shares) == 1:
             return
-        validation = [one for one in validation if bool(self.ripple.measures(one.condition))]
-        if not validation:
-            return
+        errors = {}
+        for share in shares:
+            self.share.fill_(share)
+            errors |= {(share, weight): error for weight, error in self._errors(validation, weights, seed)}
+        share, weight = min(errors, key=lambda tried: errors[tried])
+        self.share.fill_(share)
+        self.weight.fill_(weight)
+
+    def _errors(
+        self, validation: Sequence[CellSets], weights: Sequence[float], seed: int
+    ) -> Iterator[tuple[float, float]]:
+        """Energy distance of the same cells, moved by each weight."""
         noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
         made = [self.to_log1p(self.make(one.control, one.condition, noise)) for one in validation]
         targets = [self.to_log1p(one.target) for one in validation]
-        errors = []
-        for weight in WEIGHTS:
+        for weight in weights:
             noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
-            pairs = zip(made, validation, strict=True)
-            moved = [self.ripple.pull(cells, one.condition, weight, noise) for cells, one in pairs]
+            moved = made
+            if self.ripple is not None and self.pulled:
+                pairs = zip(made, validation, strict=True)
+                moved = [self.ripple.pull(cells, one.condition, weight, noise) for cells, one in pairs]
             distances = [energy_distance(x, y) for x, y in zip(moved, targets, strict=True)]
-            errors.append(float(torch.cat(distances).mean()))
-        self.weight.fill_(WEIGHTS[errors.index(min(errors))])
+            yield weight, float(torch.cat(distances).mean())

@@ -4,6 +4,7 @@ One example is a control cell and a perturbed cell, paired at random. A network 
 that carries noise to perturbed cells, given the control cell and the condition; see docs/models/scdfm.md.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from knockon.dynamics import discrepancy, flow, solve
 from knockon.model import Losses, ModelConfig, Recipe, Training
 from knockon.models._pulled import PulledModel
 from knockon.models._released_scdfm import from_released
-from knockon.nn.counts import whole_counts
+from knockon.nn.normal_scores import NormalScores
 from knockon.nn.pad import Architecture, Known, PADTransformer
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
@@ -28,25 +29,34 @@ __all__ = ["SCDFM", "Config", "Pairs", "default", "from_released", "paper", "sma
 if TYPE_CHECKING:
     from knockon.data.screen import Screen
 
+SCORED = 8192
+"""Training cells whose ranks make normal scores."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Architecture, ModelConfig):
     """scDFM: its network (``Architecture``), its objective and its way of sampling."""
 
     at_generation: ClassVar[tuple[str, ...]] = (
-        "solver", "points", "dropout_in_generation", "whole_counts", "chunk",
+        "solver", "points", "dropout_in_generation", "chunk",
     )  # fmt: skip
 
     source: Literal["gaussian", "poisson"] = "gaussian"
     """Where paths start: standard noise, or ``log1p`` of Poisson counts around the control cell."""
     poisson_total: float = 1e4
     """Counts of a Poisson start."""
+    normal_scores: bool = True
+    """Paths are of the normal scores of genes, not of log1p values: zeros and long tails are Gaussian there,
+    and end as values that were measured (not in the paper)."""
     gaussian_base: bool = True
     """The network adds to the best velocity between Gaussians of each gene's mean and variance in
     training cells, so that it need not learn these (not in the paper)."""
     anchored_base: bool = True
     """The mean of that Gaussian is the one that ripple expects, in training as if the condition had not been
     measured, so that the network learns the shape of populations and what is missing (not in the paper)."""
+    shrunk: bool = True
+    """Of what the network adds to that Gaussian, generation takes a share (0, a half, all) that is chosen on
+    validation conditions (not in the paper)."""
     pulled: bool = True
     """In the end, cells are moved towards the mean that ripple expects, by a weight that is chosen on
     validation conditions (not in the paper)."""
@@ -70,8 +80,6 @@ class Config(Architecture, ModelConfig):
     """Times from 0 to 1, both included, between which steps are taken."""
     dropout_in_generation: bool = False
     """Dropout while cells are generated, as in the released program."""
-    whole_counts: bool = True
-    """Values below a single count in a typical cell become none or one, at random (not in the paper)."""
     skip_constant: bool = True
     """Genes with the same value in all training cells are neither trained nor generated, but kept at it."""
     chunk: int = 65_536
@@ -97,10 +105,10 @@ def default() -> Recipe:
     """
     return Recipe(
         model=Config(
-            width=64, layers=2, heads=1, genes_per_step=160, solver="euler", points=11
+            width=64, layers=2, heads=1, genes_per_step=160, solver="midpoint", points=3
         ),
         train=Training(
-            steps=700, sets=4, cells=16, lr=1e-3, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
+            steps=300, sets=4, cells=16, lr=3e-4, final_lr=1e-5, warmup=50, clip=1.0, ema=0.99,
             optimizer="adamw", weight_decay=0.01,
         ),
     )  # fmt: skip
@@ -122,8 +130,10 @@ def paper() -> Recipe:
             normed_keys=False,
             residual_adapter=False,
             source="gaussian",
+            normal_scores=False,
             gaussian_base=False,
             anchored_base=False,
+            shrunk=False,
             pulled=False,
             mmd=0.5,
             genes_per_step=1000,
@@ -134,7 +144,6 @@ def paper() -> Recipe:
             solver="rk4_38",
             points=20,
             dropout_in_generation=True,
-            whole_counts=False,
             skip_constant=False,
         ),
         train=Training(steps=200_000, sets=1, cells=48, with_replacement=True, lr=5e-5, final_lr=1e-6),
@@ -155,31 +164,45 @@ class SCDFM(PulledModel):
     units = "log1p"
 
     trained: Bool[Tensor, "codes"]
+    level: Float[Tensor, "genes"]
+    """Mean of each gene over training cells, log1p, at which those that never vary stay."""
     source_moments: Float[Tensor, "mean_and_std genes"]
+    """Of the Gaussian at t = 0, in the coordinates of paths."""
     data_moments: Float[Tensor, "mean_and_std genes"]
-    one_count: Float[Tensor, ""]
-    """Value of a single count in a typical training cell, log1p."""
+    """Of the Gaussian at t = 1, where no condition has a mean of its own."""
     generated: Int[Tensor, "generated"]
 
     def __init__(self, config: Config, spec: Spec) -> None:
-        super().__init__(spec, anchored=config.gaussian_base and config.anchored_base, pulled=config.pulled)
+        super().__init__(
+            spec,
+            anchored=config.gaussian_base and config.anchored_base,
+            pulled=config.pulled,
+            shrunk=config.gaussian_base and config.shrunk,
+        )
         self.config = config
         self.network = PADTransformer(spec, config)
         genes = len(spec.genes)
+        self.scores = NormalScores(genes) if config.normal_scores else None
         self.register_buffer("trained", torch.zeros(len(spec.perturbations) + 1, dtype=torch.bool))
+        self.register_buffer("level", torch.zeros(genes))
         self.register_buffer("source_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
         self.register_buffer("data_moments", torch.stack([torch.zeros(genes), torch.ones(genes)]))
-        self.register_buffer("one_count", torch.ones(()))
         self.register_buffer("generated", torch.arange(genes))
 
     def fit_statistics(self, train: "Screen") -> None:
-        """Note the perturbations and the value of a count; fit moments and the graph of genes."""
+        """Note the perturbations; fit moments, scores and the graph of genes."""
         config = self.config
         self.trained[self.spec.encode(train.conditions).perturbation.unique()] = True
-        self.one_count.fill_(graph.one_count(train.matrix, train.every))
-        self.data_moments.copy_(_stacked(train.pooled(train.conditions)))
-        if config.source == "poisson":
-            self.source_moments.copy_(_stacked(train.pooled(train.controls)))
+        moments = _stacked(train.pooled(train.conditions))
+        self.level.copy_(moments[0])
+        if self.scores is not None:
+            self.scores.fit(_drawn(train, SCORED))
+            if config.anchored_base:
+                self.data_moments[1] = self.scores.spread
+        else:
+            self.data_moments.copy_(moments)
+            if config.source == "poisson":
+                self.source_moments.copy_(_stacked(train.pooled(train.controls)))
         if self.ripple is not None:
             self.ripple.fit_statistics(train)
         if config.skip_constant:
@@ -203,11 +226,12 @@ class SCDFM(PulledModel):
         if self.config.genes_per_step < len(genes):
             drawn = torch.randperm(len(genes), generator=rng, device=rng.device)
             genes = genes[drawn[: self.config.genes_per_step].to(genes.device)]
-        control, x1 = batch.control[..., genes], batch.target[..., genes]
+        noise, control, x1 = Noise(rng), batch.control[..., genes], batch.target[..., genes]
+        if self.scores is not None:
+            x1 = self.scores(x1, noise, genes)
         t = torch.rand(x1.shape[:2], generator=rng, device=x1.device)
-        return self.objective(
-            genes, Pairs(self.start(control, Noise(rng)), x1, control, t), batch.condition, rng
-        )
+        pairs = Pairs(self.start(control, noise, genes), x1, control, t)
+        return self.objective(genes, pairs, batch.condition, rng)
 
     def objective(
         self,
@@ -216,7 +240,7 @@ class SCDFM(PulledModel):
         condition: Condition,
         rng: torch.Generator | None = None,
     ) -> Losses:
-        """Losses of paths between given cells; ``rng`` switches dropout on."""
+        """Losses of paths between given states; ``rng`` switches dropout on."""
         x0, x1, control, t = pairs
         x_t = flow.interpolate(x0, x1, t)
         g, p = self.network.encode(genes, condition, rng)
@@ -245,29 +269,31 @@ class SCDFM(PulledModel):
 
         ``mean`` is that of the Gaussian at t = 1; without it, the mean of all training perturbations.
         """
-        v = self.network(x_t, t, known, rng)
         if not self.config.gaussian_base:
-            return v
+            return self.network(x_t, t, known, rng)
         (m0, s0), (m1, s1) = self.source_moments[:, genes], self.data_moments[:, genes]
         base, spread = flow.gaussian_velocity(x_t, t, (m0, s0), (m1 if mean is None else mean, s1))
-        return base + spread * v
+        share = 1.0 if self.training else float(self.share)
+        return base + share * spread * self.network(x_t, t, known, rng) if share else base
 
     def mean(self, condition: Condition) -> Float[Tensor, "sets genes"]:
         """Mean of the Gaussian that paths are expected to end in."""
         if self.ripple is None or not self.config.anchored_base:
             return self.data_moments[0].expand(len(condition), -1)
-        with torch.autocast(self.one_count.device.type, enabled=False):
-            return self.ripple.expect(condition, held_out=self.training)
+        with torch.autocast(self.level.device.type, enabled=False):
+            mean = self.ripple.expect(condition, held_out=self.training)
+            return mean if self.scores is None else self.scores.center(mean)
 
     def start(
-        self, control: Float[Tensor, "sets cells genes"], noise: Noise
+        self, control: Float[Tensor, "sets cells genes"], noise: Noise, genes: Int[Tensor, "genes"]
     ) -> Float[Tensor, "sets cells genes"]:
-        """Draw states at t = 0."""
+        """Draw states at t = 0, beside the control cells of some genes."""
         if self.config.source == "gaussian":
             return noise.normal(control)
         rates = control.expm1().clamp_min(0)
         rates = rates * (self.config.poisson_total / rates.sum(-1, keepdim=True).clamp_min(1e-8))
-        return noise.poisson(rates).log1p()
+        drawn = noise.poisson(rates).log1p()
+        return drawn if self.scores is None else self.scores(drawn, noise, genes)
 
     def make(
         self,
@@ -281,7 +307,7 @@ class SCDFM(PulledModel):
             parts = zip(control.split(1), range(len(condition)), noise.generators, strict=True)
             return torch.cat([self.make(x, condition[i : i + 1], Noise(rng)) for x, i, rng in parts])
         genes, cells = self.generated, control.shape[1]
-        starts = self.start(control[..., genes], noise).flatten(0, 1)
+        starts = self.start(control[..., genes], noise, genes).flatten(0, 1)
         shown = control[..., genes].flatten(0, 1)
         times = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
         rng = noise.generators[0] if self.config.dropout_in_generation else None
@@ -291,11 +317,9 @@ class SCDFM(PulledModel):
         for rows in torch.arange(len(p), device=p.device).split(max(1, self.config.chunk // len(genes))):
             known = self.network.know(g, shown[rows], p[rows], rng)
             parts.append(self._follow(genes, Start(starts[rows], mean[rows], known), times, rng))
-        whole = self.data_moments[0].to(control.dtype).expand(control.shape).clone()
-        made = torch.cat(parts).clamp_min(0).unflatten(0, control.shape[:2])
-        if self.config.whole_counts:
-            made = whole_counts(made, self.one_count, noise)
-        whole[..., genes] = made
+        made = torch.cat(parts).unflatten(0, control.shape[:2])
+        whole = self.level.to(control.dtype).expand(control.shape).clone()
+        whole[..., genes] = made.clamp_min(0) if self.scores is None else self.scores.inverse(made, genes)
         return whole
 
     def _follow(
@@ -328,6 +352,16 @@ class Pairs(NamedTuple):
     x1: Float[Tensor, "sets cells genes"]
     control: Float[Tensor, "sets cells genes"]
     t: Float[Tensor, "sets cells"]
+
+
+def _drawn(train: "Screen", most: int) -> list[Float[np.ndarray, "_ genes"]]:
+    """Training cells of each condition: the same share of all, at most so many in all but for rounding up."""
+    rng = np.random.default_rng(0)
+    rows = [train.rows[label] for label in train.conditions]
+    share = min(1.0, most / sum(map(len, rows)))
+    return [
+        train.gather(np.sort(rng.choice(some, math.ceil(share * len(some)), replace=False))) for some in rows
+    ]
 
 
 def _stacked(found: Moments) -> Float[Tensor, "mean_and_std genes"]:

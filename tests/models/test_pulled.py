@@ -100,6 +100,9 @@ def test_the_share_of_what_was_learned_is_chosen(
     model.fit_statistics(screen.select([label for label in screen.labels if label != AB]))
     model.choose(sets_of(screen, model, [AB]), 0)
     assert (float(model.share), float(model.weight)) == (share, 0.0 if pulled else 1.0)
+    without = Learned(screen.spec(), scale * right, pulled=pulled, shrunk=True)
+    without.choose([], 0)
+    assert float(without.share) == 0.5
     whole = Learned(screen.spec(), scale * right, pulled=pulled)
     whole.fit_statistics(screen)
     whole.choose(sets_of(screen, whole, [AB]), 0)

@@ -35,7 +35,7 @@ class PulledModel(Model):
     pulled
         Whether cells are moved at all.
     shrunk
-        Whether the share is chosen; else it is 1.
+        Whether the share is chosen, and a half where there is nothing to choose by; else it is 1.
     """
 
     weight: Float[Tensor, ""]
@@ -45,7 +45,7 @@ class PulledModel(Model):
         super().__init__(spec)
         self.pulled = pulled
         self.shrunk = shrunk
-        self.register_buffer("share", torch.ones(()))
+        self.register_buffer("share", torch.tensor(0.5 if shrunk else 1.0))
         self.ripple = Config(missing="mean").build(spec) if anchored or pulled else None
         self.register_buffer("weight", torch.ones(()))
 

@@ -56,7 +56,7 @@ class Config(Architecture, ModelConfig):
     measured, so that the network learns the shape of populations and what is missing (not in the paper)."""
     shrunk: bool = True
     """Of what the network adds to that Gaussian, generation takes a share (0, a half, all) that is chosen on
-    validation conditions (not in the paper)."""
+    validation conditions; a half without any (not in the paper)."""
     pulled: bool = True
     """In the end, cells are moved towards the mean that ripple expects, by a weight that is chosen on
     validation conditions (not in the paper)."""

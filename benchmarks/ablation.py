@@ -108,6 +108,7 @@ ABLATIONS = (
     *_switched(
         "scdfm",
         pulled=False,
+        shrunk=False,
         normal_scores=False,
         gaussian_base=False,
         anchored_base=False,

@@ -106,3 +106,15 @@ def test_sets_draw_for_themselves(scores, cells):
     values = torch.from_numpy(cells[:2, :10])
     together = scores(values, noise(1, 2))
     assert torch.equal(together[1:], scores(values[1:], noise(2)))
+
+
+def test_centers_are_no_further_down_than_zeros_can_tell(scores):
+    """A gene that is on in one cell of a thousand has random scores where it is off: its center is among them."""
+    cells = np.zeros((2000, 1), dtype=np.float32)
+    cells[:2] = 1
+    rare = NormalScores(1)
+    rare.fit([cells[:1000], cells[1000:]])
+    center = rare.center(torch.zeros(1, 1))
+    assert -1.5 < center.item() < 0
+    assert (rare.inverse(center + 3 * torch.linspace(-1, 1, 101)[:, None]) == 0).all()
+    assert scores.center(torch.zeros(1, GENES)).isfinite().all()

@@ -29,8 +29,8 @@ __all__ = ["SCDFM", "Config", "Pairs", "default", "from_released", "paper", "sma
 if TYPE_CHECKING:
     from knockon.data.screen import Screen
 
-SCORED = 8192
-"""Training cells whose ranks make normal scores."""
+RANKED_CELLS, RANKED_VALUES = 2**13, 2**25
+"""Training cells whose ranks make normal scores, and values of all genes in them, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ class SCDFM(PulledModel):
         moments = _stacked(train.pooled(train.conditions))
         self.level.copy_(moments[0])
         if self.scores is not None:
-            self.scores.fit(_drawn(train, SCORED))
+            self.scores.fit(_drawn(train, min(RANKED_CELLS, RANKED_VALUES // len(self.level))))
             if config.anchored_base:
                 self.data_moments[1] = self.scores.spread
         else:

@@ -122,12 +122,17 @@ class NormalScores(nn.Module):
         return found.T.reshape(scores.shape).to(scores)
 
     def center(self, mean: Float[Tensor, "sets genes"]) -> Float[Tensor, "sets genes"]:
-        """Return the means of scores at which values have these means, as far as the table reaches."""
+        """Return the means of scores at which values have these means, as far as the table reaches.
+
+        None is so low that it would not matter: zeros tell nothing of how far below the others they are.
+        """
         wanted, table = mean.to(self.means).T.contiguous(), self.means
         upper = torch.searchsorted(table, wanted).clamp(1, table.shape[1] - 1)
         at, to = table.gather(1, upper - 1), table.gather(1, upper)
         part = torch.where(to > at, (wanted - at) / (to - at), 0.0).clamp(0, 1)
-        return (float(CENTERS[0]) + 2 * STEP * (upper - 1 + part)).T.to(mean)
+        center = float(CENTERS[0]) + 2 * STEP * (upper - 1 + part)
+        never = self.zero.clamp(max=FARTHEST) - FARTHEST * self.spread
+        return center.maximum(never[:, None]).T.to(mean)
 
     def _of(
         self, genes: Int[Tensor, "genes"] | None

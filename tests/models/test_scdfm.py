@@ -190,14 +190,26 @@ def test_every_switch_trains_and_generates(rng, make_screen, switches):
 def test_generation_takes_a_share_of_what_the_network_adds(rng):
     model = build(pulled=False).eval()
     x, control = torch.randn(2, 4, GENES, generator=rng)
-    found = []
-    for share in (0.0, 0.5, 1.0):
-        model.share.fill_(share)
-        found.append(velocity(model, torch.arange(GENES), x, control))
+    g, p = model.network.encode(torch.arange(GENES), CONDITION[:1])
+    known = model.network.know(g, control, p.expand(len(x), -1))
+    t = torch.linspace(0, 1, len(x))
+    found = [model.velocity(torch.arange(GENES), x, t, known, share=share) for share in (0.0, 0.5, 1.0)]
     torch.testing.assert_close(found[1], (found[0] + found[2]) / 2)
     assert not torch.equal(found[0], found[2])
-    model.train().share.fill_(0)
-    torch.testing.assert_close(velocity(model, torch.arange(GENES), x, control), found[2])
+    cells = []
+    for share in (0.0, 1.0):
+        model.share.fill_(share)
+        cells.append(model.sample(control[None], CONDITION[:1], Noise(torch.Generator().manual_seed(0))))
+    assert not torch.equal(*cells)
+
+
+def test_the_loss_is_of_all_that_the_network_adds(rng):
+    model, data = build().eval(), batch(rng)
+    losses = []
+    for share in (0.0, 1.0):
+        model.share.fill_(share)
+        losses.append(model.loss(data, torch.Generator().manual_seed(0))["total"])
+    assert losses[0] == losses[1]
 
 
 def test_closed_gates_leave_the_gaussian_velocity(rng):

@@ -69,6 +69,22 @@ def test_cells_around_a_center_have_the_mean(rng, scores, cells):
     assert (center[1, :3].abs() < 0.1).all()
 
 
+@pytest.mark.parametrize("on", [0.001, 0.002, 0.01])
+def test_sparse_genes_have_the_mean_too(rng, on):
+    draw = np.random.default_rng(0)
+    cells = ((draw.random((8000, 50)) < on) * draw.gamma(9, 0.1, (8000, 50))).astype(np.float32)
+    made = NormalScores(50)
+    made.fit([cells[:4000], cells[4000:]])
+    wanted = torch.from_numpy(cells.mean(0))[None] * torch.tensor([[0.25], [1.0], [4.0]])
+    center = made.center(wanted)[:, None]
+    found = made.inverse(center + made.spread * torch.randn(3, 20_000, 50, generator=rng))
+    torch.testing.assert_close(found.mean((1, 2)), wanted.mean(1), rtol=0.15, atol=0)
+
+
+def test_what_is_not_a_number_stays_so(scores):
+    assert scores.inverse(torch.full((2, GENES), torch.nan))[:, :3].isnan().all()
+
+
 def test_what_no_score_reaches_is_as_near_as_it_can_be(scores):
     center = scores.center(torch.tensor([[0.0] * GENES, [100.0] * GENES]))
     assert center.isfinite().all()
@@ -109,7 +125,7 @@ def test_sets_draw_for_themselves(scores, cells):
 
 
 def test_centers_are_no_further_down_than_zeros_can_tell(scores):
-    """A gene that is on in one cell of a thousand has random scores where it is off: its center is among them."""
+    """A gene that is on in one cell of a thousand has random scores where it is off, its center among them."""
     cells = np.zeros((2000, 1), dtype=np.float32)
     cells[:2] = 1
     rare = NormalScores(1)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,9 @@ class PulledModel(Model):
     shrunk
         Whether the share is chosen, and a half where there is nothing to choose by; else it is 1.
     """
+
+    deep: ClassVar[bool] = True
+    """Whether the cells that are made have a depth of their own; see ``ripple.pull``."""
 
     weight: Float[Tensor, ""]
     share: Float[Tensor, ""]
@@ -82,9 +85,9 @@ class PulledModel(Model):
     ) -> Float[Tensor, "sets cells genes"]:
         """Make cells and move them."""
         made = self.make(control, condition, noise)
-        if self.ripple is None or not self.pulled or not self.weight:
+        if not self._moves():
             return made
-        moved = self.ripple.pull(self.to_log1p(made), condition, float(self.weight), noise)
+        moved = self._moved(self.to_log1p(made), condition, float(self.weight), noise)
         return self.from_log1p(moved, made, noise)
 
     @final
@@ -93,8 +96,7 @@ class PulledModel(Model):
 
         Conditions of which ripple must guess a part do not tell how far it can be trusted with the others.
         """
-        moves = self.ripple is not None and self.pulled and bool(self.weight)
-        weights = WEIGHTS if moves else (float(self.weight),)
+        weights = WEIGHTS if self._moves() else (float(self.weight),)
         shares = SHARES if self.shrunk else (float(self.share),)
         if self.ripple is not None:
             validation = [one for one in validation if bool(self.ripple.measures(one.condition))]
@@ -117,9 +119,19 @@ class PulledModel(Model):
         targets = [self.to_log1p(one.target) for one in validation]
         for weight in weights:
             noise = Noise(torch.Generator(self.weight.device).manual_seed(seed))
-            moved = made
-            if self.ripple is not None and self.pulled:
-                pairs = zip(made, validation, strict=True)
-                moved = [self.ripple.pull(cells, one.condition, weight, noise) for cells, one in pairs]
+            moved = [
+                self._moved(cells, one.condition, weight, noise)
+                for cells, one in zip(made, validation, strict=True)
+            ]
             distances = [energy_distance(x, y) for x, y in zip(moved, targets, strict=True)]
             yield weight, float(torch.cat(distances).mean())
+
+    def _moves(self) -> bool:
+        return self.ripple is not None and self.pulled and bool(self.weight)
+
+    def _moved(
+        self, cells: Float[Tensor, "sets cells genes"], condition: Condition, weight: float, noise: Noise
+    ) -> Float[Tensor, "sets cells genes"]:
+        if self.ripple is None or not self.pulled:
+            return cells
+        return self.ripple.pull(cells, condition, weight, noise, deep=self.deep)

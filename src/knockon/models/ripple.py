@@ -179,7 +179,13 @@ class Ripple(Model):
         return torch.where(rows.any(1, keepdim=True), self._expected.to(mean)[rows.int().argmax(1)], mean)
 
     def pull(
-        self, cells: Float[Tensor, "sets cells genes"], condition: Condition, weight: float, noise: Noise
+        self,
+        cells: Float[Tensor, "sets cells genes"],
+        condition: Condition,
+        weight: float,
+        noise: Noise,
+        *,
+        deep: bool = True,
     ) -> Float[Tensor, "sets cells genes"]:
         """Move cells that another model made from their own mean towards the anchor's, as counts.
 
@@ -187,13 +193,16 @@ class Ripple(Model):
         ----------
         weight
             Between 0, which leaves them as they are, and 1.
+        deep
+            Whether cells have a depth of their own, so that the smallest value of each is a single count;
+            else a single count is what it is in a typical cell.
         """
         if not weight:
             return cells
         mean = self.anchor.mean(condition)
         treated = (condition.perturbation > 0).any(1).tolist()
         moved = [
-            self._move(cells[i], torch.lerp(cells[i].mean(0), mean[i], weight), rng)
+            self._move(cells[i], torch.lerp(cells[i].mean(0), mean[i], weight), rng, deep=deep)
             if treated[i]
             else cells[i]
             for i, rng in enumerate(noise.each(len(condition)))
@@ -265,9 +274,15 @@ class Ripple(Model):
         return torch.cat(made)[order]
 
     def _move(
-        self, cells: Float[Tensor, "cells genes"], mean: Float[Tensor, "genes"], rng: torch.Generator
+        self,
+        cells: Float[Tensor, "cells genes"],
+        mean: Float[Tensor, "genes"],
+        rng: torch.Generator,
+        *,
+        deep: bool = True,
     ) -> Float[Tensor, "cells genes"]:
-        unit = single_counts(cells[None], self.one_count)[0].expm1()
+        typical = self.one_count.to(cells.dtype).expand(len(cells), 1)
+        unit = (single_counts(cells[None], self.one_count)[0] if deep else typical).expm1()
         return move(
             cells, mean, unit=unit, dispersion=self.dispersion, still=self.config.still, noise=Noise(rng)
         )

@@ -4,7 +4,7 @@ One example is a control cell and a perturbed cell, paired at random. A network 
 that carries noise to perturbed cells, given the control cell and the condition; see docs/models/scdfm.md.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from knockon.models._pulled import PulledModel
 from knockon.models._released_scdfm import from_released
 from knockon.nn.normal_scores import NormalScores
 from knockon.nn.pad import Architecture, Known, PADTransformer
-from knockon.types import CellSets, Condition, Noise, Spec, UserError
+from knockon.types import CellSets, Condition, Label, Noise, Spec, UserError
 
 __all__ = ["SCDFM", "Config", "Pairs", "default", "from_released", "paper", "small"]
 
@@ -162,6 +162,7 @@ class SCDFM(PulledModel):
     """Flow matching over gene tokens; the cells of a set depend on each other only by being ``pulled``."""
 
     units = "log1p"
+    deep = False
 
     trained: Bool[Tensor, "codes"]
     level: Float[Tensor, "genes"]
@@ -196,13 +197,13 @@ class SCDFM(PulledModel):
         moments = _stacked(train.pooled(train.conditions))
         self.level.copy_(moments[0])
         if self.scores is not None:
-            self.scores.fit(_drawn(train, min(RANKED_CELLS, RANKED_VALUES // len(self.level))))
+            self.scores.fit(_drawn(train, train.conditions, self._most()))
             if config.anchored_base:
                 self.data_moments[1] = self.scores.spread
         else:
             self.data_moments.copy_(moments)
-            if config.source == "poisson":
-                self.source_moments.copy_(_stacked(train.pooled(train.controls)))
+        if config.source == "poisson":
+            self.source_moments.copy_(self._starting(train))
         if self.ripple is not None:
             self.ripple.fit_statistics(train)
         if config.skip_constant:
@@ -215,6 +216,17 @@ class SCDFM(PulledModel):
             correlations = graph.correlation(train.matrix, cells, second_log=config.graph_second_log)
             edges = graph.neighbors(correlations, config.graph_neighbors, negative=config.graph_negative)
             self.network.genes.connect(edges)
+
+    def _most(self) -> int:
+        return min(RANKED_CELLS, RANKED_VALUES // len(self.level))
+
+    def _starting(self, train: "Screen") -> Float[Tensor, "mean_and_std genes"]:
+        """Moments of states at t = 0 beside control cells."""
+        control = np.concatenate(_drawn(train, train.controls, self._most()))
+        shown = torch.from_numpy(control).to(self.level.device)[None]
+        noise = Noise(torch.Generator(shown.device).manual_seed(0))
+        starts = self.start(shown, noise, torch.arange(len(self.level), device=shown.device))[0]
+        return torch.stack([starts.mean(0), starts.std(0)])
 
     def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations seen in training, genes of the panel, and those with a vector."""
@@ -255,7 +267,7 @@ class SCDFM(PulledModel):
                 losses["total"] = matching + self.config.mmd * losses["mmd"]
         return losses
 
-    def velocity(
+    def velocity(  # noqa: PLR0913 - what a velocity depends on
         self,
         genes: Int[Tensor, "genes"],
         x_t: Float[Tensor, "cells genes"],
@@ -264,16 +276,17 @@ class SCDFM(PulledModel):
         rng: torch.Generator | None = None,
         *,
         mean: Float[Tensor, "cells genes"] | None = None,
+        share: float = 1.0,
     ) -> Float[Tensor, "cells genes"]:
         """Velocity of cells: the network's, on top of the Gaussian one where the configuration says so.
 
-        ``mean`` is that of the Gaussian at t = 1; without it, the mean of all training perturbations.
+        ``mean`` is that of the Gaussian at t = 1; without it, the mean of all training perturbations. Of what
+        the network adds to it, a ``share`` is taken.
         """
         if not self.config.gaussian_base:
             return self.network(x_t, t, known, rng)
         (m0, s0), (m1, s1) = self.source_moments[:, genes], self.data_moments[:, genes]
         base, spread = flow.gaussian_velocity(x_t, t, (m0, s0), (m1 if mean is None else mean, s1))
-        share = 1.0 if self.training else float(self.share)
         return base + share * spread * self.network(x_t, t, known, rng) if share else base
 
     def mean(self, condition: Condition) -> Float[Tensor, "sets genes"]:
@@ -330,9 +343,10 @@ class SCDFM(PulledModel):
         rng: torch.Generator | None,
     ) -> Float[Tensor, "cells genes"]:
         """Carry states from t = 0 to t = 1."""
+        share = float(self.share)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(genes, x, t.expand(len(x)), start.known, rng, mean=start.mean)
+            return self.velocity(genes, x, t.expand(len(x)), start.known, rng, mean=start.mean, share=share)
 
         return solve.integrate(field, start.x, times, self.config.solver)
 
@@ -354,14 +368,15 @@ class Pairs(NamedTuple):
     t: Float[Tensor, "sets cells"]
 
 
-def _drawn(train: "Screen", most: int) -> list[Float[np.ndarray, "_ genes"]]:
-    """Training cells of each condition: the same share of all, at most so many in all but for rounding up."""
+def _drawn(train: "Screen", labels: Sequence[Label], most: int) -> list[Float[np.ndarray, "_ genes"]]:
+    """About so many cells: the same share of each condition, two at least, or some conditions only."""
     rng = np.random.default_rng(0)
-    rows = [train.rows[label] for label in train.conditions]
+    rows = [train.rows[labels[i]] for i in rng.permutation(len(labels))[: max(1, most // 2)]]
     share = min(1.0, most / sum(map(len, rows)))
-    return [
-        train.gather(np.sort(rng.choice(some, math.ceil(share * len(some)), replace=False))) for some in rows
-    ]
+    drawn = (
+        rng.choice(some, min(len(some), max(2, round(share * len(some)))), replace=False) for some in rows
+    )
+    return [train.gather(np.sort(some)) for some in drawn]
 
 
 def _stacked(found: Moments) -> Float[Tensor, "mean_and_std genes"]:

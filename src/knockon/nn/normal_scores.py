@@ -22,8 +22,8 @@ STEP = 1 / 16
 SCORES = torch.arange(-FARTHEST, FARTHEST + STEP, STEP)
 CENTERS = torch.arange(-1.5 * FARTHEST, 1.5 * FARTHEST + 2 * STEP, 2 * STEP)
 """Means of scores for which means of values are tabulated."""
-NODES = 128
-"""Quantiles of a normal over which these are averaged."""
+NODES = torch.linspace(-5, 5, 161)
+"""Places of a standard normal over which these are averaged, by its density."""
 
 
 class NormalScores(nn.Module):
@@ -75,9 +75,10 @@ class NormalScores(nn.Module):
             squares += (scores - scores.mean(0)).square().sum(0)
             freedom += len(scores) - 1
         self.spread.copy_((squares / freedom).sqrt() if freedom else torch.ones_like(squares))
-        nodes = ndtri((torch.arange(NODES) + 0.5) / NODES).to(self.spread)[:, None] * self.spread
+        nodes = NODES.to(self.spread)[:, None] * self.spread
+        weights = NODES.square().div(-2).softmax(0).to(self.spread)
         for i, center in enumerate(CENTERS.tolist()):
-            self.means[:, i] = self.inverse(center + nodes).mean(0)
+            self.means[:, i] = weights @ self.inverse(center + nodes)
 
     def forward(
         self,
@@ -115,7 +116,7 @@ class NormalScores(nn.Module):
         table, zero = self._of(genes)
         columns = scores.to(table).flatten(0, -2).T
         place = (columns + FARTHEST) / STEP
-        lower = place.floor().clamp(0, table.shape[1] - 2).long()
+        lower = place.nan_to_num(0).floor().clamp(0, table.shape[1] - 2).long()
         at, to = table.gather(1, lower), table.gather(1, lower + 1)
         found = torch.where(at > 0, at, to).lerp(to, (place - lower).clamp(0, 1))
         found = torch.where(columns < zero, 0.0, found)
@@ -124,7 +125,7 @@ class NormalScores(nn.Module):
     def center(self, mean: Float[Tensor, "sets genes"]) -> Float[Tensor, "sets genes"]:
         """Return the means of scores at which values have these means, as far as the table reaches.
 
-        None is so low that it would not matter: zeros tell nothing of how far below the others they are.
+        None is lower than where a gene is 0 in nearly all cells: how far below, zeros do not tell.
         """
         wanted, table = mean.to(self.means).T.contiguous(), self.means
         upper = torch.searchsorted(table, wanted).clamp(1, table.shape[1] - 1)

@@ -12,16 +12,17 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import ItemsView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from scipy.stats import t
 
-from benchmarks.jobs import HERE, How, Task, pooled, score
+from benchmarks.jobs import HERE, How, Task, configuration, finished, pooled, score
 from benchmarks.measure import commit, table
 from knockon import models
 from knockon.data.simulate import demo, interaction
@@ -43,6 +44,8 @@ SCREENS = {"demo": demo, "interaction": interaction}
 RECORD = HERE.parent / "docs" / "ablations.csv"
 FOUND = ("gain", "low", "high", "agreeing", "seeds", "verdict")
 KEYS = ("model", "changed", "screen")
+LINES = (*KEYS, "metric", *FOUND, "configurations")
+"""Columns of the record; ``configurations`` are the marks of what was compared."""
 BEGIN, END = "<!-- ablations: by benchmarks.ablation -->", "<!-- end of ablations -->"
 """Lines of the page between which the table stands."""
 
@@ -105,11 +108,15 @@ ABLATIONS = (
         masked=False,
         unbiased_energy=False,
     ),
+    Ablation(  # genes of small spread need more steps
+        model="scdfm",
+        switch="normal_scores",
+        config={"normal_scores": False, "solver": "euler", "points": 11},
+    ),
     *_switched(
         "scdfm",
         pulled=False,
         shrunk=False,
-        normal_scores=False,
         gaussian_base=False,
         anchored_base=False,
         skip_constant=False,
@@ -176,35 +183,51 @@ def task_of(screen: str, seed: int) -> Task:
     return Task(name=f"{screen}{seed}", about="", data=replace(SCREENS[screen](), seed=seed))
 
 
-def gathered(screen: str, seeds: Sequence[int], out: Path) -> pd.DataFrame:
-    """Scores of all that was done on the screens of a kind."""
+def gathered(screen: str, seeds: Sequence[int], out: Path, marks: Mapping[str, str]) -> pd.DataFrame:
+    """Scores on the screens of a kind, of those seeds for which all of these configurations were scored."""
     tables = []
     for seed in seeds:
-        folders = {path.parent.name: path.parent for path in (out / f"{screen}{seed}").glob("*/done.json")}
+        paths = (out / f"{screen}{seed}").glob("*/done.json")
+        folders = {path.parent.name: path.parent for path in paths if marks.items() <= _marks(path.parent)}
         if folders:
-            tables.append(pooled(folders).assign(seed=seed))
+            table = pooled(folders)
+            tables.append(table[table["model"].isin(marks)].assign(seed=seed))
     columns = ["model", "condition", "metric", "value", "seed"]
     return pd.concat(tables) if tables else pd.DataFrame(columns=columns)
 
 
+def _marks(folder: Path) -> ItemsView[str, object]:
+    """Configurations of all that was scored in a fold's folder, by their names."""
+    return {name: note.get("configuration") for name, note in finished(folder).items()}.items()
+
+
 def measured(
-    ablations: Sequence[Ablation], screens: Sequence[str], seeds: Sequence[int], out: Path
+    ablations: Sequence[Ablation], screens: Sequence[str], seeds: Sequence[int], how: How
 ) -> pd.DataFrame:
-    """Compare all that was done: ``model, changed, screen, metric`` and what ``gains`` finds."""
-    tables = [pd.DataFrame(columns=[*KEYS, "metric", *FOUND])]
+    """Compare all that was done with the configurations of today; ``LINES``."""
+    tables = [pd.DataFrame(columns=[*LINES])]
     for screen in screens:
-        scores = gathered(screen, seeds, out)
-        there = set(scores["model"])
         for one in ablations:
-            if {one.base, one.name} <= there:
+            marks = {name: configuration(recipe, how.cells) for name, recipe in one.recipes().items()}
+            scores = gathered(screen, seeds, how.out, marks)
+            if set(marks) <= set(scores["model"]):
                 found = gains(scores, one.base, one.name).reset_index()
-                tables.append(found.assign(model=one.base, changed=one.change, screen=screen))
-    return pd.concat(tables[1:] or tables)[[*KEYS, "metric", *FOUND]]
+                about = {"model": one.base, "changed": one.change, "screen": screen}
+                tables.append(found.assign(**about, configurations=" ".join(marks.values())))
+    return pd.concat(tables[1:] or tables)[[*LINES]]
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Read a record; lines from before configurations were noted have none."""
+    return pd.read_csv(path).fillna({"configurations": ""})
 
 
 def kept(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """Put new lines in the place of old ones, but for those that are of fewer seeds."""
+    """Put new lines in the place of old ones, but for those of the same comparison over more seeds."""
     both = pd.concat([new, old]) if len(old) and len(new) else (new if len(new) else old)
+    both = both.reset_index(drop=True)
+    newest = both.groupby([*KEYS], sort=False)["configurations"].transform("first")
+    both = both[both["configurations"] == newest]
     both = both.sort_values("seeds", ascending=False, kind="stable")
     return both.drop_duplicates([*KEYS, "metric"]).sort_values([*KEYS, "metric"], ignore_index=True)
 
@@ -261,9 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for screen in asked.screens:
             for ablation in ablations if not asked.page_only else ():
                 run(ablation, screen, seed, how)
-    lines = pd.read_csv(asked.record) if asked.record.exists() else measured((), (), (), asked.out)
-    lines = kept(lines, measured(ABLATIONS, asked.screens, asked.seeds, asked.out))
-    write_text(asked.record, lines.to_csv(index=False, float_format="%.6g"))
+    found = measured(ABLATIONS, asked.screens, asked.seeds, how)
+    with FileLock(asked.record.with_suffix(".lock")):
+        old = read(asked.record) if asked.record.exists() else found
+        lines = kept(old, found)
+        write_text(asked.record, lines.to_csv(index=False, float_format="%.6g"))
     text = written(lines)
     command = shlex.join(["python", "-m", "benchmarks.ablation", *arguments])
     head = f"Commit {commit()}, {datetime.now(UTC).date()}, `{command}`."

@@ -1,9 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from benchmarks import ablation
+from benchmarks import ablation, jobs
 from scipy.stats import ttest_rel
 
+from knockon.files import write_json
 from knockon.types import UserError
 
 
@@ -81,7 +82,8 @@ def test_the_table_goes_between_its_markers():
 
 def test_lines_of_the_record_give_way_to_those_of_as_many_seeds():
     old = ablation.gains(scores(0.5, seeds=2), "base", "changed").dropna().reset_index()
-    old = old.assign(model="ripple", changed="`populations=0`", screen="demo")
+    about = {"model": "ripple", "changed": "`populations=0`", "screen": "demo"}
+    old = old.assign(**about, configurations="a b")
     fewer = old.assign(gain=7.0, seeds=1)
     other = old.assign(gain=8.0, screen="interaction")
     newer = old.assign(gain=9.0)
@@ -92,8 +94,34 @@ def test_lines_of_the_record_give_way_to_those_of_as_many_seeds():
     assert len(both) == len(lines) == 2 * len(old)
 
 
+def test_lines_of_an_older_default_give_way(tmp_path):
+    old = ablation.gains(scores(0.5, seeds=3), "base", "changed").dropna().reset_index()
+    old = old.assign(model="ripple", changed="`populations=0`", screen="demo", configurations="")
+    new = ablation.gains(scores(0.2, seeds=1), "base", "changed").dropna().reset_index()
+    new = new.assign(model="ripple", changed="`populations=0`", screen="demo", configurations="a b")
+    assert set(ablation.kept(old, new)["seeds"]) == {1}
+
+
+def test_only_what_was_done_with_the_configurations_of_today_is_compared(tmp_path):
+    one = ablation.ABLATIONS[0]
+    marks = {name: jobs.configuration(recipe, 8) for name, recipe in one.recipes().items()}
+    for seed, changed in ((1, marks[one.name]), (2, "older")):
+        folder = tmp_path / f"demo{seed}" / "42"
+        folder.mkdir(parents=True)
+        done = {one.base: marks[one.base], one.name: changed}
+        notes = {name: {"configuration": mark, "scored": True} for name, mark in done.items()}
+        write_json(folder / "done.json", notes)
+        table = scores(0.5, seeds=1).replace({"base": one.base, "changed": one.name})
+        table.drop(columns="seed").to_csv(folder / "all_scores.csv", index=False)
+    how = jobs.How(out=tmp_path, cells=8)
+    found = ablation.measured([one], ["demo"], [1, 2], how)
+    assert set(found["changed"]) == {one.change}
+    assert found.set_index("metric").loc["mse", "seeds"] == 1
+    assert ablation.measured([one], ["demo"], [2], how).empty
+
+
 def test_the_table_is_drawn_from_its_record():
-    lines = pd.read_csv(ablation.RECORD)
+    lines = ablation.read(ablation.RECORD)
     page = (ablation.RECORD.parent / "reproduction.md").read_text()
     for row in ablation.written(lines).splitlines():
         assert row in page

@@ -125,7 +125,7 @@ def test_sets_draw_for_themselves(scores, cells):
 
 
 def test_centers_are_no_further_down_than_zeros_can_tell(scores):
-    """A gene that is on in one cell of a thousand has random scores where it is off, its center among them."""
+    """A gene that is on in a cell of a thousand has random scores where it is off, its center among them."""
     cells = np.zeros((2000, 1), dtype=np.float32)
     cells[:2] = 1
     rare = NormalScores(1)

@@ -47,7 +47,7 @@ class Config(Architecture, ModelConfig):
     """Counts of a Poisson start."""
     normal_scores: bool = True
     """Paths are of the normal scores of genes, not of log1p values: zeros and long tails are Gaussian there,
-    and end as values that were measured (not in the paper)."""
+    and end among the values that were measured (not in the paper)."""
     gaussian_base: bool = True
     """The network adds to the best velocity between Gaussians of each gene's mean and variance in
     training cells, so that it need not learn these (not in the paper)."""

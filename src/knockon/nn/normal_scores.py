@@ -1,8 +1,8 @@
 """Normal scores: coordinates in which each gene is a standard normal over training cells.
 
 Expression is no Gaussian: most values of most genes are 0, and the rest has a long tail. Its ranks, mapped to
-the quantiles of a normal [waerden1952], are what a model of Gaussians asks for; on the way back, values are
-those that were measured, zeros among them.
+the quantiles of a normal [waerden1952], are what a model of Gaussians asks for; on the way back, values lie
+among those that were measured, and zeros are exact.
 """
 
 from collections.abc import Sequence

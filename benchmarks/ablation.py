@@ -25,6 +25,7 @@ from scipy.stats import t
 from benchmarks.jobs import HERE, How, Task, configuration, finished, pooled, score
 from benchmarks.measure import commit, table
 from knockon import models
+from knockon.compare import recipes
 from knockon.data.simulate import demo, interaction
 from knockon.evaluate.suites import metric_named
 from knockon.files import write_text
@@ -183,17 +184,25 @@ def task_of(screen: str, seed: int) -> Task:
     return Task(name=f"{screen}{seed}", about="", data=replace(SCREENS[screen](), seed=seed))
 
 
-def gathered(screen: str, seeds: Sequence[int], out: Path, marks: Mapping[str, str]) -> pd.DataFrame:
-    """Scores on the screens of a kind, of those seeds for which all of these configurations were scored."""
+def gathered(one: Ablation, screen: str, seeds: Sequence[int], how: How) -> pd.DataFrame:
+    """Scores of both sides on the screens of a kind, for seeds for which both were scored as they are now."""
     tables = []
     for seed in seeds:
-        paths = (out / f"{screen}{seed}").glob("*/done.json")
+        marks = _marks_of(one, replace(how, seed=seed))
+        paths = (how.out / f"{screen}{seed}").glob("*/done.json")
         folders = {path.parent.name: path.parent for path in paths if marks.items() <= _marks(path.parent)}
         if folders:
             table = pooled(folders)
             tables.append(table[table["model"].isin(marks)].assign(seed=seed))
     columns = ["model", "condition", "metric", "value", "seed"]
     return pd.concat(tables) if tables else pd.DataFrame(columns=columns)
+
+
+def _marks_of(one: Ablation, how: How) -> dict[str, str]:
+    """Marks of the configurations of both sides, by their names."""
+    sides = one.recipes()
+    asked = recipes(how.comparison(), sides)
+    return {name: configuration(asked[name], how.cells) for name in sides}
 
 
 def _marks(folder: Path) -> ItemsView[str, object]:
@@ -208,12 +217,12 @@ def measured(
     tables = [pd.DataFrame(columns=[*LINES])]
     for screen in screens:
         for one in ablations:
-            marks = {name: configuration(recipe, how.cells) for name, recipe in one.recipes().items()}
-            scores = gathered(screen, seeds, how.out, marks)
-            if set(marks) <= set(scores["model"]):
+            scores = gathered(one, screen, seeds, how)
+            if len(scores):
                 found = gains(scores, one.base, one.name).reset_index()
                 about = {"model": one.base, "changed": one.change, "screen": screen}
-                tables.append(found.assign(**about, configurations=" ".join(marks.values())))
+                marks = " ".join(_marks_of(one, how).values())
+                tables.append(found.assign(**about, configurations=marks))
     return pd.concat(tables[1:] or tables)[[*LINES]]
 
 

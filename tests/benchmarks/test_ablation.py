@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from benchmarks import ablation, jobs
 from scipy.stats import ttest_rel
 
+from knockon.compare import recipes
 from knockon.files import write_json
 from knockon.types import UserError
 
@@ -104,8 +107,11 @@ def test_lines_of_an_older_default_give_way(tmp_path):
 
 def test_only_what_was_done_with_the_configurations_of_today_is_compared(tmp_path):
     one = ablation.ABLATIONS[0]
-    marks = {name: jobs.configuration(recipe, 8) for name, recipe in one.recipes().items()}
-    for seed, changed in ((1, marks[one.name]), (2, "older")):
+    how = jobs.How(out=tmp_path, cells=8)
+    for seed, older in ((1, False), (2, True)):
+        asked = recipes(replace(how, seed=seed).comparison(), one.recipes())
+        marks = {name: jobs.configuration(asked[name], 8) for name in one.recipes()}
+        changed = "older" if older else marks[one.name]
         folder = tmp_path / f"demo{seed}" / "42"
         folder.mkdir(parents=True)
         done = {one.base: marks[one.base], one.name: changed}
@@ -113,7 +119,6 @@ def test_only_what_was_done_with_the_configurations_of_today_is_compared(tmp_pat
         write_json(folder / "done.json", notes)
         table = scores(0.5, seeds=1).replace({"base": one.base, "changed": one.name})
         table.drop(columns="seed").to_csv(folder / "all_scores.csv", index=False)
-    how = jobs.How(out=tmp_path, cells=8)
     found = ablation.measured([one], ["demo"], [1, 2], how)
     assert set(found["changed"]) == {one.change}
     assert found.set_index("metric").loc["mse", "seeds"] == 1

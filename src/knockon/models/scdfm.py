@@ -170,7 +170,7 @@ class SCDFM(PulledModel):
     source_moments: Float[Tensor, "mean_and_std genes"]
     """Of the Gaussian at t = 0, in the coordinates of paths."""
     data_moments: Float[Tensor, "mean_and_std genes"]
-    """Of the Gaussian at t = 1, where no condition has a mean of its own."""
+    """Of the Gaussian at t = 1; its mean counts only where a condition has none of its own."""
     generated: Int[Tensor, "generated"]
 
     def __init__(self, config: Config, spec: Spec) -> None:

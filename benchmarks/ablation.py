@@ -12,7 +12,7 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import ItemsView, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -190,7 +190,7 @@ def gathered(one: Ablation, screen: str, seeds: Sequence[int], how: How) -> pd.D
     for seed in seeds:
         marks = _marks_of(one, replace(how, seed=seed))
         paths = (how.out / f"{screen}{seed}").glob("*/done.json")
-        folders = {path.parent.name: path.parent for path in paths if marks.items() <= _marks(path.parent)}
+        folders = {path.parent.name: path.parent for path in paths if _has(path.parent, marks)}
         if folders:
             table = pooled(folders)
             tables.append(table[table["model"].isin(marks)].assign(seed=seed))
@@ -205,9 +205,10 @@ def _marks_of(one: Ablation, how: How) -> dict[str, str]:
     return {name: configuration(asked[name], how.cells) for name in sides}
 
 
-def _marks(folder: Path) -> ItemsView[str, object]:
-    """Configurations of all that was scored in a fold's folder, by their names."""
-    return {name: note.get("configuration") for name, note in finished(folder).items()}.items()
+def _has(folder: Path, marks: Mapping[str, str]) -> bool:
+    """Whether all of these configurations were scored in a fold's folder."""
+    done = finished(folder)
+    return all(done.get(name, {}).get("configuration") == mark for name, mark in marks.items())
 
 
 def measured(

@@ -56,10 +56,10 @@ class Found:
 
 @dataclass(kw_only=True)
 class Record:
-    """A folder's record; what is put into it is written at once, whatever else writes there."""
+    """What is known of all tasks; ``changed`` writes it."""
 
-    folder: Path
-    tasks: dict[str, Note] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each task its folds, the notes of its models, and those that have no basis."""
     looks: dict[str, dict[str, int]] = field(default_factory=dict)
     """Of each ``task/fold``, how often its test conditions were scored, by model and configuration."""
     lines: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=[*LINES]))
@@ -70,7 +70,7 @@ class Record:
         path = folder / "results.json"
         about = read_json(path) if path.exists() else {}
         scores = folder / "results.csv"
-        return cls(folder=folder, **about, **({"lines": pd.read_csv(scores)} if scores.exists() else {}))
+        return cls(**about, **({"lines": pd.read_csv(scores)} if scores.exists() else {}))
 
     def found(self, task: str) -> Found | None:
         """Return what is known of a task; None where it was never run."""

@@ -1,5 +1,8 @@
 """How models are judged, and choose, on validation conditions."""
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from knockon.data.splits import Split
 from knockon.model import Model, ModelConfig, Training
 from knockon.models import latent_additive, scdfm
 from knockon.models._pulled import PulledModel
+from knockon.types import CellSets
 
 CPU = torch.device("cpu")
 
@@ -46,9 +50,31 @@ def test_a_weight_is_chosen_again_to_the_same_bits_and_from_validation_condition
 ) -> None:
     model, chosen = fitted(scdfm.small().model, screen, split), []
     assert isinstance(model, PulledModel)
-    for labels in (split.validation, split.validation, ()):
+    for one in (split, split, replace(split, validation=())):
         model.weight.fill_(1.0)
-        validate.choose(model, screen, labels, 0)
+        validate.finish(model, screen, one, 0)
         chosen.append(float(model.weight))
     assert chosen[0] == chosen[1]
     assert chosen[2] == 1.0
+
+
+def test_what_is_generated_is_corrected_by_training_conditions_only(
+    screen: Screen, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = fitted(latent_additive.Config(), screen, split), []
+
+    def note(sets: Iterable[CellSets] | Sequence[CellSets], seed: int) -> None:
+        seen.append(list(sets))
+
+    monkeypatch.setattr(model, "correct", note)
+    monkeypatch.setattr(model, "choose", note)
+    validate.finish(model, screen, split, 0)
+    for found, labels in zip(seen, (split.train, split.validation), strict=True):
+        expected = model.spec.encode(labels)
+        assert len(found) == min(len(labels), validate.CORRECTED)
+        for one in found:
+            assert one.condition.same_treatment(expected).any()
+            assert one.control.shape == one.target.shape
+    validate.finish(model, screen, replace(split, train=()), 0)
+    assert len(seen[2]) == len(screen.controls)
+    assert not seen[2][0].condition.perturbation.any()

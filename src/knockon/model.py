@@ -6,7 +6,7 @@ arguments (``default``, and where they make sense ``paper`` and ``small``) that 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_type_hints
@@ -84,6 +84,15 @@ class Model(nn.Module, ABC):
         """Draw one cell under the condition for each control cell, in the model's units.
 
         A set's cells may depend on each other only if the model says so; sets never do.
+        """
+
+    def correct(self, training: Iterable[CellSets], seed: int) -> None:
+        """Learn, after training, to correct what is generated, by measured cells of training conditions.
+
+        Parameters
+        ----------
+        training
+            Of some conditions one set each: control cells to start from, and measured cells beside them.
         """
 
     def choose(self, validation: Sequence[CellSets], seed: int) -> None:

@@ -151,7 +151,7 @@ def train(  # noqa: PLR0913 - each is one independent choice
             earlier = train(stage, screen, split, out=folder / STAGE_ONE, options=options, watch=watch)
             network.take(earlier.model)
         steps = _optimize(network, prepared, split, folder, watch.begins(recipe.train), options, watch)
-        validate.choose(network, prepared, split.validation, recipe.train.seed)
+        validate.finish(network, prepared, split, recipe.train.seed)
         record = dataclasses.replace(record, steps=steps, seconds=time.monotonic() - began)
         record = devices.on_first(lambda: save_run(folder, network, record))
     return Run(folder=folder, model=network.eval(), record=record, split=split, screen=prepared)

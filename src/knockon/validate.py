@@ -1,6 +1,9 @@
-"""How good a model is on validation conditions, by which training chooses weights and stops."""
+"""How good a model is on validation conditions, by which training chooses weights and stops.
 
-from collections.abc import Callable
+What a trained model generates can be corrected by training conditions, and chosen by those of validation.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +11,7 @@ import torch
 from knockon import devices
 from knockon.data.sampler import Sampler
 from knockon.data.screen import Screen
+from knockon.data.split_file import Split
 from knockon.dynamics.discrepancy import energy_distance
 from knockon.model import Model, Training, device_of
 from knockon.nn.counts import normalized
@@ -16,8 +20,10 @@ from knockon.types import CellSets, Label, Spec
 
 CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
+CORRECTED = 32
+"""Training conditions that a correction looks at, at most; spread evenly."""
 CELLS = 64
-"""Cells of a condition that a choice looks at, at most."""
+"""Cells of a condition that a correction or a choice looks at, at most."""
 MOST = 4096
 """Real cells of a condition that generated ones are compared with, at most."""
 BATCHES = 8
@@ -42,17 +48,27 @@ def score_by(
 
 
 @torch.no_grad()
-def choose(model: Model, screen: Screen, labels: tuple[Label, ...], seed: int) -> None:
-    """Let a trained model choose what it has left to choose, by cells of validation conditions."""
+def finish(model: Model, screen: Screen, split: Split, seed: int) -> None:
+    """Let a trained model correct what it generates, and choose what is left to choose.
+
+    By cells of training conditions (control cells, where these are all), and of validation conditions.
+    """
+    labels = split.train or screen.controls
+    places = np.linspace(0, len(labels) - 1, min(len(labels), CORRECTED)).round().astype(int)
+    model.eval().correct(_sets(model, screen, [labels[i] for i in places], seed), seed)
+    some = [label for label in split.validation if len(screen.rows[label]) > 1][:CONDITIONS]
+    model.choose(list(_sets(model, screen, some, seed)), seed)
+
+
+def _sets(model: Model, screen: Screen, labels: Sequence[Label], seed: int) -> Iterator[CellSets]:
+    """Draw cells of each condition, and as many control cells."""
     rng, device = np.random.default_rng(seed), device_of(model)
-    sets = []
-    for label in [label for label in labels if len(screen.rows[label]) > 1][:CONDITIONS]:
+    for label in labels:
         target = rng.permutation(screen.rows[label])[:CELLS]
         control = rng.choice(screen.control_rows(label), len(target))
         both = (torch.from_numpy(screen.gather(rows))[None].to(device) for rows in (control, target))
         condition = model.spec.encode([label]).to(device)
-        sets.append(CellSets(control=next(both), target=next(both), condition=condition))
-    model.eval().choose(sets, seed)
+        yield CellSets(control=next(both), target=next(both), condition=condition)
 
 
 def _distance_to(model: Model, screen: Screen, labels: tuple[Label, ...], training: Training) -> float:

@@ -31,7 +31,7 @@ def build(preset=perturbdiff.small, spec=SPEC, *, lively: bool = True, **changes
     """Gates that begin at zero are opened, unless what matters is the beginning."""
     torch.manual_seed(0)
     sizes = {"width": 16, "layers": 2, "heads": 2, "branch": 4, "set_size": 8}
-    sizes |= {"anchored": False, "pulled": False, "shrinkage": 0.0}
+    sizes |= {"anchored": False, "pulled": False, "shrunk": False, "shrinkage": 0.0}
     model = replace(preset().model, **sizes | changes).build(spec)
     if lively:
         for parameter in model.parameters():
@@ -198,6 +198,7 @@ def test_parts_of_a_set_are_generated_alone(rng):
         {"dropout_per": "batch"},
         {"unbiased_energy": False},
         {"shrinkage": 0.1},
+        {"shrunk": True},
     ],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -212,6 +213,21 @@ def test_every_switch_does_something(cells, changes):
     changed = outcome(build(**changes))
     assert changed.isfinite().all()
     assert not torch.equal(changed, outcome(build()))
+
+
+def test_a_share_of_the_values_is_changed(cells):
+    """None leaves the cells as they were, and half of them are drawn anew for every value."""
+    control = cells[1].repeat(1, 4, 1)
+    made = sample(build(), control)
+    assert (made != control).all()
+    model = build(shrunk=True)
+    halved = sample(model, control)
+    taken, kept = halved == made, (halved - control).abs() < 1e-6
+    assert (taken ^ kept).all()
+    assert 0.4 < taken.double().mean() < 0.6
+    model.share.zero_()
+    torch.testing.assert_close(sample(model, control), control)
+    assert float(build(residual=False, shrunk=True).share) == 1
 
 
 def test_guidance_needs_what_it_guides_away_from(cells):

@@ -311,19 +311,41 @@ def test_a_flow_that_bursts_is_told(z):
 
 
 @torch.no_grad()
-def test_library_sizes_are_those_of_the_control_cells_or_drawn(run: Run, screen: Screen):
+def test_library_sizes_are_those_of_the_control_cells_or_drawn(
+    run: Run, screen: Screen, monkeypatch: pytest.MonkeyPatch
+):
     model, label = run.model, screen.conditions[0]
     condition = model.spec.encode([label])
     control = torch.from_numpy(screen.gather(screen.rows[screen.controls[0]][:64]))[None]
     sums = {}
     for library in ("control", "condition"):
-        model.config = replace(model.config, library=library, counts="means")
+        monkeypatch.setattr(model, "config", replace(model.config, library=library, counts="means"))
         drawn = model.make(control, condition, Noise(torch.Generator().manual_seed(0)))
         sums[library] = drawn.sum(-1)[0]
     torch.testing.assert_close(sums["control"], control.sum(-1)[0])
     real = screen.cells_of(label).sum(1)
     assert np.log(real).mean() == pytest.approx(float(sums["condition"].log().mean()), abs=0.2)
     assert not torch.allclose(sums["condition"], sums["control"])
+
+
+@torch.no_grad()
+def test_drawn_counts_are_as_often_zero_as_measured_ones(run: Run, screen: Screen):
+    trained = run.split.train
+    condition = run.model.spec.encode(trained)
+    control = torch.from_numpy(screen.gather(screen.rows[screen.controls[0]][:64]))
+    control = control.expand(len(trained), -1, -1)
+
+    def apart(**changes: object) -> float:
+        model = replace(run.model.config, **changes).build(run.model.spec).eval()
+        weights = {key: x for key, x in run.model.state_dict().items() if key in model.state_dict()}
+        fill(model, weights)
+        drawn = model.make(control, condition, Noise(torch.Generator().manual_seed(0)))
+        assert torch.equal(drawn, drawn.round())
+        cells = np.concatenate([screen.cells_of(label) for label in trained])
+        return float(np.abs((drawn == 0).double().mean((0, 1)).numpy() - (cells == 0).mean(0)).mean())
+
+    assert apart() < 0.03
+    assert apart(quantile_mapped=False) > 0.05
 
 
 @torch.no_grad()
@@ -349,10 +371,12 @@ def test_cells_are_moved_as_counts(run: Run, screen: Screen, counts: str):
     assert after.square().mean() < 0.05 * before.square().mean()
 
 
-def test_paper_moves_nothing():
+def test_paper_moves_and_maps_nothing():
     recipe = scldm.paper()
-    small = replace(scldm.small().model, pulled=recipe.model.pulled)
-    assert small.build(SPEC).ripple is None
+    switches = {"pulled": recipe.model.pulled, "quantile_mapped": recipe.model.quantile_mapped}
+    small = replace(scldm.small().model, **switches).build(SPEC)
+    assert small.ripple is None
+    assert small.quantile_map is None
 
 
 def test_without_perturbed_cells_nothing_is_moved(screen: Screen):

@@ -57,6 +57,10 @@ class Config(Architecture, ModelConfig):
     pulled: bool = True
     """With ``residual``, cells are moved towards the mean that ripple expects in the end, by a weight that is
     chosen on validation conditions (not in the paper)."""
+    shrunk: bool = True
+    """With ``residual``, generation changes a share of all values (none, half, all) of the cells it adds to,
+    drawn at random; the share is chosen on validation conditions with that weight, and is a half where
+    nothing can choose (not in the paper)."""
     scale: float = 10.0
     """log1p values are divided by it."""
     steps: int = 1000
@@ -145,22 +149,10 @@ def paper() -> Recipe:
     """
     return Recipe(
         model=Config(
-            maps_see_attention=False,
-            condition_through_genes=True,
-            residual=False,
-            anchored=False,
-            pulled=False,
-            condition_dropout=0.5,
-            dropout_per="batch",
-            unbiased_energy=False,
-            masked=False,
-            set_size=256,
-            span="truncated",
-            visited=100,
-            guidance=1.0,
-            own_estimates=False,
-            whole_counts=False,
-            shrinkage=0.0,
+            maps_see_attention=False, condition_through_genes=True, residual=False, anchored=False,
+            pulled=False, shrunk=False, condition_dropout=0.5, dropout_per="batch", unbiased_energy=False,
+            masked=False, set_size=256, span="truncated", visited=100, guidance=1.0, own_estimates=False,
+            whole_counts=False, shrinkage=0.0,
         ),
         train=Training(
             steps=200_000, sets=8, cells=256, lr=2e-4, final_lr=2e-5, warmup=200, plateau=0.1, clip=1.0,
@@ -198,7 +190,8 @@ class PerturbDiff(PulledModel):
 
     def __init__(self, config: Config, spec: Spec) -> None:
         wanted = not config.marginal and config.residual
-        super().__init__(spec, anchored=wanted and config.anchored, pulled=wanted and config.pulled)
+        switches = {name: wanted and getattr(config, name) for name in ("anchored", "pulled", "shrunk")}
+        super().__init__(spec, **switches)
         self.config = config
         width = len(spec.genes) if config.condition_through_genes else config.width
         self.conditions = BranchEncoder(spec, config.branch, width)
@@ -335,6 +328,9 @@ class PerturbDiff(PulledModel):
         """Denoise sets of ``set_size`` cells, which are parts of the sets that are asked for."""
         parts = Parts.of(control.shape[1], self.config.set_size)
         shown = self.beside(control, condition, noise) * (self.config.control_dropout < 1)
+        start, share = shown * self.config.scale, float(self.share)
+        if not share:
+            return start
 
         def fresh() -> Tensor:
             return parts.cut(noise.normal(control))
@@ -345,8 +341,10 @@ class PerturbDiff(PulledModel):
         made = parts.join(made) * self.config.scale
         one_count = single_counts(control, self.one_count)
         if self.config.residual and self.config.shrinkage:
-            made = soften(made, shown * self.config.scale, one_count, self.config.shrinkage)
-        return whole_counts(made, one_count, noise) if self.config.whole_counts else made
+            made = soften(made, start, one_count, self.config.shrinkage)
+        if self.config.whole_counts:
+            made = whole_counts(made, one_count, noise)
+        return made if share == 1 else torch.where(noise.uniform(made) < share, made, start)
 
     def chain(
         self,

@@ -4,6 +4,7 @@ The second stage: ``scldm_vae`` is the first. Cells are latent tokens; a transfo
 noise to them under what was done and each covariate, any of which may be hidden. See docs/models/scldm.md.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -24,6 +25,7 @@ from knockon.nn.conditions import ClassEncoder
 from knockon.nn.counts import normalized, rounded
 from knockon.nn.latent import LatentArchitecture, LatentTransformer
 from knockon.nn.library import LibrarySizes
+from knockon.nn.quantile_map import QuantileMap
 from knockon.types import CellSets, Condition, Noise, Spec, UserError
 
 __all__ = ["Config", "LatentFlow", "default", "from_released", "paper", "small"]
@@ -70,6 +72,9 @@ class Config(LatentArchitecture, ModelConfig):
     library: Literal["control", "condition"] = "control"
     """Library sizes are those of the control cells beside (not in the paper), or log-normal ones of the
     condition or what is nearest to it; cells without control cells have the latter."""
+    quantile_mapped: bool = True
+    """Drawn counts are given the distribution that each gene has over training cells, by ranks among cells
+    that are generated of the same conditions (not in the paper)."""
     pulled: bool = True
     """Cells of a condition are moved towards the mean that ripple expects in the end, by a weight that is
     chosen on validation conditions (not in the paper); cells without control cells are not."""
@@ -146,7 +151,8 @@ def paper() -> Recipe:
     return Recipe(
         model=Config(
             autoencoder=first.model, stage_one=first.train, hide="all", hidden=0.8, left_per="batch",
-            solver="dopri5", library="condition", pulled=False,
+            solver="dopri5", library="condition", quantile_mapped=False,
+            pulled=False,
         ),
         train=Training(
             steps=56_500, sets=128, cells=1, by_cells=True, lr=5e-4, final_lr=5e-5, warmup=5_650,
@@ -182,6 +188,7 @@ class LatentFlow(PulledModel):
         self.network = LatentTransformer(config, *shape)
         self.conditions = ClassEncoder(spec, config.width)
         self.sizes = LibrarySizes(spec)
+        self.quantile_map = QuantileMap(len(spec.genes)) if config.quantile_mapped else None
         self.register_buffer("total", torch.ones(()))
 
     def fit_statistics(self, train: "Screen") -> None:
@@ -280,6 +287,18 @@ class LatentFlow(PulledModel):
         counts = moved.expm1() * made.sum(-1, keepdim=True) / self.total
         return rounded(counts, noise) if self.config.counts == "sampled" else counts
 
+    def correct(self, training: Iterable[CellSets], seed: int) -> None:
+        """Compare what is generated of training conditions with their cells, gene by gene."""
+        if self.quantile_map is None or self.config.counts == "means":
+            return
+        self.quantile_map.fitted.fill_(value=False)
+        noise = Noise(torch.Generator(self.total.device).manual_seed(seed))
+        generated, measured = [], []
+        for one in training:
+            generated.append(self.make(one.control, one.condition, noise)[0].cpu().numpy())
+            measured.append(one.target[0].cpu().numpy())
+        self.quantile_map.fit(generated, measured)
+
     def make(
         self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
@@ -362,7 +381,10 @@ class LatentFlow(PulledModel):
                 expected="weights of guidance near 1, or a run that has learned",
                 mend="lower --weights, or take more steps",
             )
-        return self.autoencoder.draw(z, drawn, noise if self.config.counts == "sampled" else None)
+        if self.config.counts == "means":
+            return self.autoencoder.draw(z, drawn, None)
+        counts = self.autoencoder.draw(z, drawn, noise)
+        return counts if self.quantile_map is None else rounded(self.quantile_map(counts, noise), noise)
 
     def _hide(self, shape: torch.Size, rng: torch.Generator) -> Bool[Tensor, "sets cells classes"]:
         """Draw what each cell is told."""

@@ -3,9 +3,9 @@
     python -m benchmarks.ablation [--models perturbdiff] [--switches residual] [--write docs/reproduction.md]
 
 Each switch is set back alone and trained on simulated screens, which no other benchmark uses, with a seed for
-screen and training together; it is compared with the default preset of the same seed, double by held-out
-double. What is trained and scored stays in the folder `--out`, and is not done again. What is found goes into
-the record `docs/ablations.csv`, of which the table is drawn, wherever its lines were measured.
+screen and training together; it is compared with the default preset of the same seed, condition by held-out
+condition. What is trained and scored stays in the folder `--out`, and is not done again. What is found goes
+into the record `docs/ablations.csv`, of which the table is drawn, wherever its lines were measured.
 """
 
 import argparse
@@ -16,23 +16,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from scipy.stats import t
+from scipy.stats import t as student
 
-from benchmarks.jobs import HERE, How, Task, configuration, finished, pooled, score
+from benchmarks.jobs import COUNTS, HERE, How, Task, configuration, finished, pooled, readable, score
 from benchmarks.measure import commit, table
 from knockon import models
 from knockon.compare import recipes
-from knockon.data.simulate import demo, interaction
+from knockon.data.design import Simulation
+from knockon.data.simulate import contexts, demo, interaction
 from knockon.evaluate.suites import metric_named
 from knockon.files import write_text
-from knockon.model import Recipe
+from knockon.model import ModelConfig, Recipe, Training
 from knockon.train import Options
 from knockon.types import UserError
 
+T = TypeVar("T", ModelConfig, Training)
 METRICS = (
     "mse",
     "pearson_delta",
@@ -41,7 +44,14 @@ METRICS = (
     "variance_corr",
     "zero_fraction_error",
 )
-SCREENS = {"demo": demo, "interaction": interaction}
+SCREENS = {
+    "demo": Task(name="demo", about="", data=demo()),
+    "interaction": Task(name="interaction", about="", data=interaction()),
+    "contexts": Task(
+        name="contexts", about="", data=contexts(), columns=COUNTS, split="context", fraction=0.34
+    ),
+}
+"""Each is simulated and split anew for each seed; doubles are held out, or drugs in one of the contexts."""
 RECORD = HERE.parent / "docs" / "ablations.csv"
 FOUND = ("gain", "low", "high", "agreeing", "seeds", "verdict")
 KEYS = ("model", "changed", "screen")
@@ -60,7 +70,7 @@ class Ablation:
     model: str
     switch: str
     config: Mapping[str, object] = field(default_factory=dict)
-    """Fields of the model's configuration that change."""
+    """Fields of the model's configuration that change; ``outer.inner`` is one of a part of it."""
     train: Mapping[str, object] = field(default_factory=dict)
     """Fields of its training that change."""
     preset: str = "default"
@@ -84,8 +94,17 @@ class Ablation:
     def recipes(self) -> dict[str, Recipe]:
         """What is compared, and this."""
         base = models.recipe(self.model, self.preset)
-        model, train = replace(base.model, **self.config), replace(base.train, **self.train)
+        model, train = changed(base.model, self.config), changed(base.train, self.train)
         return {self.base: base, self.name: Recipe(model=model, train=train)}
+
+
+def changed(part: T, fields: Mapping[str, object]) -> T:
+    """Replace fields, and fields of fields."""
+    for name, value in fields.items():
+        outer, _, inner = name.partition(".")
+        new = changed(getattr(part, outer), {inner: value}) if inner else value
+        part = replace(part, **{outer: new})
+    return part
 
 
 def _switched(model: str, **switches: object) -> tuple[Ablation, ...]:
@@ -101,6 +120,7 @@ ABLATIONS = (
     *_switched(
         "perturbdiff",
         pulled=False,
+        shrunk=False,
         residual=False,
         anchored=False,
         learn_controls=False,
@@ -128,6 +148,10 @@ ABLATIONS = (
         gene_graph=False,
         mmd=0.0,
     ),
+    *_switched("scldm", quantile_mapped=False, pulled=False, library="condition"),
+    Ablation(model="scldm", switch="embedding", config={"autoencoder.embedding": "log1p"}),
+    Ablation(model="scldm", switch="rates", config={"autoencoder.rates": False}),
+    Ablation(model="scldm", switch="hide", config={"hide": "all", "hidden": 0.8}),
 )
 
 
@@ -154,7 +178,7 @@ def gains(scores: pd.DataFrame, base: str, changed: str) -> pd.DataFrame:
         sign = 1 if metric_named(metric).direction == "higher" else -1
         gain = (sign * (ours - theirs)).dropna()
         mean, count = float(gain.mean()), len(gain)
-        half = float(t.ppf(0.975, count - 1) * gain.std() / np.sqrt(count)) if count > 1 else np.nan
+        half = float(student.ppf(0.975, count - 1) * gain.std() / np.sqrt(count)) if count > 1 else np.nan
         own = gain.groupby("seed").mean()
         agreeing = int((np.sign(own) == np.sign(mean)).sum())
         rows.append((metric, mean, mean - half, mean + half, agreeing, len(own), verdict(mean, half)))
@@ -172,16 +196,17 @@ def run(ablation: Ablation, screen: str, seed: int, how: How) -> None:
     """Train and score an ablation and what it is compared with, where that was not done."""
     task = task_of(screen, seed)
     data = task.screen(how.out)
-    for fold, split in task.folds(data).items():
-        for name in score(
-            task, how.out / task.name / fold, data, split, replace(how, seed=seed), ablation.recipes()
-        ):
+    sides = readable(ablation.recipes(), data)
+    for fold, split in task.folds(data).items() if sides else ():
+        for name in score(task, how.out / task.name / fold, data, split, replace(how, seed=seed), sides):
             log.info("%s: scored %s", task.name, name)
 
 
 def task_of(screen: str, seed: int) -> Task:
     """One simulated screen, and its usual split."""
-    return Task(name=f"{screen}{seed}", about="", data=replace(SCREENS[screen](), seed=seed))
+    task = SCREENS[screen]
+    assert isinstance(task.data, Simulation)
+    return replace(task, name=f"{screen}{seed}", data=replace(task.data, seed=seed))
 
 
 def gathered(one: Ablation, screen: str, seeds: Sequence[int], how: How) -> pd.DataFrame:

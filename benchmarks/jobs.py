@@ -31,13 +31,15 @@ from knockon.data.simulate import simulate
 from knockon.data.splits import Split
 from knockon.evaluate.summary import CEILING
 from knockon.files import read_json, write_json, write_text, written_aside
-from knockon.model import Recipe
+from knockon.model import Recipe, model_class
 from knockon.predict import Refusal
 from knockon.record import RECORD
 from knockon.train import Options, train
 from knockon.types import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+COUNTS = Columns(layer="counts")
+"""How screens with log1p values and counts are read as counts."""
 HERE = Path(__file__).parent
 
 log = logging.getLogger("knockon")
@@ -143,6 +145,14 @@ def has_basis(recipe: Recipe, screen: Screen, folds: Iterable[Split], options: O
                 continue
         return True
     return False
+
+
+def readable(asked: Mapping[str, Recipe], screen: Screen) -> dict[str, Recipe]:
+    """Leave out what needs counts, where a screen has none."""
+    logs = screen.units != "counts"
+    return {
+        name: one for name, one in asked.items() if not (logs and model_class(one.model).units == "counts")
+    }
 
 
 def score(

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from benchmarks import page, record
-from benchmarks.jobs import HERE, SHARED, How, Task, finished, has_basis, score
+from benchmarks.jobs import COUNTS, HERE, SHARED, How, Task, finished, has_basis, readable, score
 from knockon import models
 from knockon.data.conventions import Columns
 from knockon.data.simulate import contexts, demo, interaction
@@ -51,7 +51,6 @@ MODELS = (
 DOUBLES = str(HERE / "splits" / "norman19_doubles.json")
 REPLICATES = str(HERE / "splits" / "papalexi21_replicates.json")
 NORMAN, PAPALEXI, KANG = (SHARED / f"{name}.h5ad" for name in ("norman19", "papalexi21", "kang18"))
-COUNTS = Columns(layer="counts")
 FOLDS = (42, 43, 44)
 
 TASKS = (
@@ -163,9 +162,7 @@ def _answering(recipe: Recipe) -> Recipe:
 def run(task: Task, how: How, further: dict[str, Recipe], kept: Path) -> None:
     """Score what is missing of all folds of a task, count each look, and record what was found."""
     screen = task.screen(how.out)
-    folds, baseless = task.folds(screen), []
-    if screen.units != "counts":
-        further = {name: recipe for name, recipe in further.items() if not name.startswith("scldm")}
+    folds, baseless, further = task.folds(screen), [], readable(further, screen)
     if task.fallback:
         options, tests = replace(how.options, genes=task.genes), list(folds.values())
         baseless = [name for name, one in further.items() if not has_basis(one, screen, tests, options)]

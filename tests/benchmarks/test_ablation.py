@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -55,11 +55,30 @@ def test_one_condition_shows_nothing():
     assert line["verdict"] == "no difference beyond its interval"
 
 
+def leaves(fields: dict[str, object], before: str = "") -> dict[str, object]:
+    """Values by dotted names."""
+    found = {}
+    for name, value in fields.items():
+        inner = leaves(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+        found |= inner
+    return found
+
+
+def test_screens_differ_by_their_seed_and_have_what_models_read(tmp_path):
+    task = ablation.task_of("contexts", 5)
+    assert (task.name, task.data.seed, task.columns.layer) == ("contexts5", 5, "counts")
+    small = replace(task, data=replace(task.data, cells=400, genes=30))
+    asked = ablation.Ablation(model="scldm", switch="pulled", config={"pulled": False}).recipes()
+    assert jobs.readable(asked, small.screen(tmp_path)) == asked
+    logs = replace(small, name="logs", columns=ablation.task_of("demo", 5).columns)
+    assert jobs.readable(asked, logs.screen(tmp_path)) == {}
+
+
 @pytest.mark.parametrize("one", ablation.ABLATIONS, ids=lambda one: one.name)
 def test_each_ablation_changes_what_it_says(one):
     base, changed = one.recipes().values()
     for part, fields in (("model", one.config), ("train", one.train)):
-        before, after = vars(getattr(base, part)), vars(getattr(changed, part))
+        before, after = (leaves(asdict(getattr(side, part))) for side in (base, changed))
         assert {name for name in before if before[name] != after[name]} == set(fields)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy
+import torch
 
 from knockon.data import prepare, splits
 from knockon.data.screen import Screen
@@ -29,6 +30,23 @@ def test_counts_become_log1p_of_the_training_median(screen):
     assert (ready.units, ready.total, ready.digest) == ("log1p", preparation.total, screen.digest)
     assert screen.units == "counts"
     assert prepare.fit(training, units="log1p", total=1e4).total == 1e4
+
+
+def test_choosing_genes_leaves_torch_its_threads(screen, monkeypatch):
+    """numba sets them, for all that share its OpenMP, when a process first needs it."""
+    choose = scanpy.preprocessing.highly_variable_genes
+
+    def first(*args, **kwargs):
+        torch.set_num_threads(2)
+        choose(*args, **kwargs)
+
+    monkeypatch.setattr(scanpy.preprocessing, "highly_variable_genes", first)
+    before = torch.get_num_threads()
+    prepare.fit(screen, units="log1p", genes=10)
+    try:
+        assert torch.get_num_threads() == before == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_counts_stay_counts_where_a_model_reads_counts(screen):

@@ -9,7 +9,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ import dask.array as da
 import dask.config
 import numpy as np
 import scipy.sparse as sp
+import torch
 from dask.base import compute
 from dask.delayed import delayed
 from dask.system import CPU_COUNT
@@ -258,6 +259,16 @@ def threads(matrix: Matrix, result: int = 0) -> int:
     return asked or max(
         1, min(THREADS, CPU_COUNT // devices.neighbors(), (room - result) // (block + 2 * result))
     )
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Keep the number of torch's threads: numba sets it for all that share its OpenMP when it begins."""
+    number = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 def _width(matrix: Matrix, result: int) -> int:

@@ -154,7 +154,7 @@ def _variable(train: Screen, total: float | None, count: int) -> set[str]:
         cells = arrays.cells(train.matrix, every)
         cells = cells if total is None else cells.map_blocks(log1p, total, dtype=np.float32, meta=cells._meta)
     nameless = pd.DataFrame(index=np.full(len(every), "", dtype=object))  # names would take much memory
-    with arrays.engine(train.matrix), warnings.catch_warnings():
+    with arrays.engine(train.matrix), arrays.own_threads(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Observation names are not unique")
         chosen = AnnData(cells, obs=nameless, var=pd.DataFrame(index=pd.Index(train.genes)))
         highly_variable_genes(chosen, n_top_genes=count, flavor="seurat")

@@ -11,6 +11,7 @@ into the record `docs/ablations.csv`, of which the table is drawn, wherever its 
 import argparse
 import logging
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from knockon.data.simulate import contexts, demo, interaction
 from knockon.evaluate.suites import metric_named
 from knockon.files import write_text
 from knockon.model import ModelConfig, Recipe, Training
-from knockon.train import Options
+from knockon.train import STAGE_ONE, Options
 from knockon.types import UserError
 
 T = TypeVar("T", ModelConfig, Training)
@@ -196,10 +197,21 @@ def run(ablation: Ablation, screen: str, seed: int, how: How) -> None:
     """Train and score an ablation and what it is compared with, where that was not done."""
     task = task_of(screen, seed)
     data = task.screen(how.out)
-    sides = readable(ablation.recipes(), data)
+    sides, how = readable(ablation.recipes(), data), replace(how, seed=seed)
     for fold, split in task.folds(data).items() if sides else ():
-        for name in score(task, how.out / task.name / fold, data, split, replace(how, seed=seed), sides):
-            log.info("%s: scored %s", task.name, name)
+        folder = how.out / task.name / fold
+        for some in ({ablation.base: sides[ablation.base]}, sides):
+            for name in score(task, folder, data, split, how, some):
+                log.info("%s: scored %s", task.name, name)
+            share_stage(folder / "runs", sides)
+
+
+def share_stage(runs: Path, sides: Mapping[str, Recipe]) -> None:
+    """Let what is changed begin with the first stage of what it is compared with, where that is the same."""
+    base, other = sides
+    stages = [recipe.model.earlier() for recipe in sides.values()]
+    if stages[0] is not None and stages[0] == stages[1] and not (runs / other).exists():
+        shutil.copytree(runs / base / STAGE_ONE, runs / other / STAGE_ONE)
 
 
 def task_of(screen: str, seed: int) -> Task:

@@ -74,6 +74,18 @@ def test_screens_differ_by_their_seed_and_have_what_models_read(tmp_path):
     assert jobs.readable(asked, logs.screen(tmp_path)) == {}
 
 
+def test_a_first_stage_is_trained_once_where_both_sides_have_the_same(tmp_path):
+    first = tmp_path / "scldm" / "stage_one"
+    first.mkdir(parents=True)
+    (first / "weights").write_text("w")
+    for switch in ("quantile_mapped", "embedding"):
+        (one,) = [x for x in ablation.ABLATIONS if x.model == "scldm" and x.switch == switch]
+        ablation.share_stage(tmp_path, one.recipes())
+        assert (tmp_path / one.name / "stage_one" / "weights").exists() == (switch == "quantile_mapped")
+    ablation.share_stage(tmp_path, ablation.ABLATIONS[0].recipes())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("one", ablation.ABLATIONS, ids=lambda one: one.name)
 def test_each_ablation_changes_what_it_says(one):
     base, changed = one.recipes().values()

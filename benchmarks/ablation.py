@@ -33,6 +33,7 @@ from knockon.data.simulate import contexts, demo, interaction
 from knockon.evaluate.suites import metric_named
 from knockon.files import write_text
 from knockon.model import ModelConfig, Recipe, Training
+from knockon.record import WEIGHTS
 from knockon.train import STAGE_ONE, Options
 from knockon.types import UserError
 
@@ -46,11 +47,9 @@ METRICS = (
     "zero_fraction_error",
 )
 SCREENS = {
-    "demo": Task(name="demo", about="", data=demo()),
-    "interaction": Task(name="interaction", about="", data=interaction()),
-    "contexts": Task(
-        name="contexts", about="", data=contexts(), columns=COUNTS, split="context", fraction=0.34
-    ),
+    "demo": Task(name="demo", data=demo()),
+    "interaction": Task(name="interaction", data=interaction()),
+    "contexts": Task(name="contexts", data=contexts(), columns=COUNTS, split="context", fraction=0.34),
 }
 """Each is simulated and split anew for each seed; doubles are held out, or drugs in one of the contexts."""
 RECORD = HERE.parent / "docs" / "ablations.csv"
@@ -95,15 +94,15 @@ class Ablation:
     def recipes(self) -> dict[str, Recipe]:
         """What is compared, and this."""
         base = models.recipe(self.model, self.preset)
-        model, train = changed(base.model, self.config), changed(base.train, self.train)
+        model, train = replaced(base.model, self.config), replaced(base.train, self.train)
         return {self.base: base, self.name: Recipe(model=model, train=train)}
 
 
-def changed(part: T, fields: Mapping[str, object]) -> T:
+def replaced(part: T, fields: Mapping[str, object]) -> T:
     """Replace fields, and fields of fields."""
     for name, value in fields.items():
         outer, _, inner = name.partition(".")
-        new = changed(getattr(part, outer), {inner: value}) if inner else value
+        new = replaced(getattr(part, outer), {inner: value}) if inner else value
         part = replace(part, **{outer: new})
     return part
 
@@ -198,6 +197,8 @@ def run(ablation: Ablation, screen: str, seed: int, how: How) -> None:
     task = task_of(screen, seed)
     data = task.screen(how.out)
     sides, how = readable(ablation.recipes(), data), replace(how, seed=seed)
+    if not sides:
+        log.info("%s: %s needs counts", task.name, ablation.model)
     for fold, split in task.folds(data).items() if sides else ():
         folder = how.out / task.name / fold
         for some in ({ablation.base: sides[ablation.base]}, sides):
@@ -208,10 +209,14 @@ def run(ablation: Ablation, screen: str, seed: int, how: How) -> None:
 
 def share_stage(runs: Path, sides: Mapping[str, Recipe]) -> None:
     """Let what is changed begin with the first stage of what it is compared with, where that is the same."""
-    base, other = sides
+    base, other = (runs / name / STAGE_ONE for name in sides)
     stages = [recipe.model.earlier() for recipe in sides.values()]
-    if stages[0] is not None and stages[0] == stages[1] and not (runs / other).exists():
-        shutil.copytree(runs / base / STAGE_ONE, runs / other / STAGE_ONE)
+    trained = (base / WEIGHTS).exists()
+    if isinstance(stages[0], Recipe) and stages[0] == stages[1] and trained and not other.exists():
+        aside = other.with_name(f"{STAGE_ONE}-aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(base, aside)
+        aside.rename(other)
 
 
 def task_of(screen: str, seed: int) -> Task:

@@ -51,10 +51,10 @@ class Task:
 
     name: str
     """Of its folder, and of its columns in tables."""
-    about: str
-    """The screen and what is held out, in words."""
     data: Simulation | Path
     """What to simulate, or a file."""
+    about: str = ""
+    """The screen and what is held out, in words."""
     columns: Columns = Columns()
     """How the file is read."""
     split: str = "additive"

@@ -183,7 +183,9 @@ def from_plain(kind: type[T], value: Mapping[str, Any], *, where: str) -> T:
     strange = sorted(set(value) ^ wanted)
     if strange:
         raise UserError(
-            f"Missing or unknown fields in {where}", offenders=strange, expected="an unedited file"
+            f"Missing or unknown fields in {where}",
+            offenders=strange,
+            expected="an unedited file of this version of knockon",
         )
     return kind(**{name: typed(hints[name], item, where=f"{where}.{name}") for name, item in value.items()})
 

@@ -92,7 +92,10 @@ class Model(nn.Module, ABC):
         Parameters
         ----------
         training
-            Of some conditions one set each: control cells to start from, and measured cells beside them.
+            Of some conditions one set each: control cells to start from, and measured cells beside them. They
+            are drawn as they are asked for.
+        seed
+            Of all that is drawn.
         """
 
     def choose(self, validation: Sequence[CellSets], seed: int) -> None:

@@ -315,7 +315,7 @@ def _optimize(  # noqa: PLR0913, PLR0917 - all that training depends on
                 state.judge(score(devices.whole_model(state.predictor, network)))
                 state.model.train()
                 journal.write(state.step, validation=state.score)
-            if _due(state.step, training.checkpoint_every) or asked:
+            if _due(state.step, training.checkpoint_every, last=training.steps) or asked:
                 watch.timed("checkpoint", state.save)(folder / CHECKPOINT)
             advance(text)
             if asked:
@@ -392,8 +392,8 @@ def _sampler(
     return sampler
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, last: int = 0) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def _optimizer(network: Model, training: Training) -> torch.optim.Optimizer:

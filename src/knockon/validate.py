@@ -20,8 +20,8 @@ from knockon.types import CellSets, Label, Spec
 
 CONDITIONS = 8
 """Conditions that a validation generates at most; the first of the split's."""
-CORRECTED = 32
-"""Training conditions that a correction looks at, at most; spread evenly."""
+CORRECTED, CORRECTED_VALUES = 32, 2**25
+"""Training conditions that a correction looks at, drawn at random, and values in all, at most."""
 CELLS = 64
 """Cells of a condition that a correction or a choice looks at, at most."""
 MOST = 4096
@@ -51,20 +51,21 @@ def score_by(
 def finish(model: Model, screen: Screen, split: Split, seed: int) -> None:
     """Let a trained model correct what it generates, and choose what is left to choose.
 
-    By cells of training conditions (control cells, where these are all), and of validation conditions.
+    By cells of training conditions (control cells, where there are no others), and of validation conditions.
     """
     labels = split.train or screen.controls
-    places = np.linspace(0, len(labels) - 1, min(len(labels), CORRECTED)).round().astype(int)
-    model.eval().correct(_sets(model, screen, [labels[i] for i in places], seed), seed)
+    drawn = np.random.default_rng(seed).permutation(len(labels))[:CORRECTED]  # their order is by context
+    few = max(2, min(CELLS, CORRECTED_VALUES // (CORRECTED * len(screen.genes))))
+    model.eval().correct(_sets(model, screen, [labels[i] for i in drawn], seed, few), seed)
     some = [label for label in split.validation if len(screen.rows[label]) > 1][:CONDITIONS]
-    model.choose(list(_sets(model, screen, some, seed)), seed)
+    model.choose(list(_sets(model, screen, some, seed, CELLS)), seed)
 
 
-def _sets(model: Model, screen: Screen, labels: Sequence[Label], seed: int) -> Iterator[CellSets]:
-    """Draw cells of each condition, and as many control cells."""
+def _sets(model: Model, screen: Screen, labels: Sequence[Label], seed: int, cells: int) -> Iterator[CellSets]:
+    """Draw cells of each condition, so many at most, and as many control cells."""
     rng, device = np.random.default_rng(seed), device_of(model)
     for label in labels:
-        target = rng.permutation(screen.rows[label])[:CELLS]
+        target = rng.permutation(screen.rows[label])[:cells]
         control = rng.choice(screen.control_rows(label), len(target))
         both = (torch.from_numpy(screen.gather(rows))[None].to(device) for rows in (control, target))
         condition = model.spec.encode([label]).to(device)

@@ -8,6 +8,7 @@ from scipy.stats import ttest_rel
 
 from knockon.compare import recipes
 from knockon.files import write_json
+from knockon.record import WEIGHTS
 from knockon.types import UserError
 
 
@@ -77,12 +78,13 @@ def test_screens_differ_by_their_seed_and_have_what_models_read(tmp_path):
 def test_a_first_stage_is_trained_once_where_both_sides_have_the_same(tmp_path):
     first = tmp_path / "scldm" / "stage_one"
     first.mkdir(parents=True)
-    (first / "weights").write_text("w")
+    (first / WEIGHTS).write_text("w")
     for switch in ("quantile_mapped", "embedding"):
         (one,) = [x for x in ablation.ABLATIONS if x.model == "scldm" and x.switch == switch]
         ablation.share_stage(tmp_path, one.recipes())
-        assert (tmp_path / one.name / "stage_one" / "weights").exists() == (switch == "quantile_mapped")
+        assert (tmp_path / one.name / "stage_one" / WEIGHTS).exists() == (switch == "quantile_mapped")
     ablation.share_stage(tmp_path, ablation.ABLATIONS[0].recipes())
+    ablation.share_stage(tmp_path / "elsewhere", one.recipes())  # where nothing was trained
     assert len(list(tmp_path.iterdir())) == 2
 
 

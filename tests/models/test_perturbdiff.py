@@ -198,7 +198,6 @@ def test_parts_of_a_set_are_generated_alone(rng):
         {"dropout_per": "batch"},
         {"unbiased_energy": False},
         {"shrinkage": 0.1},
-        {"shrunk": True},
     ],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -221,13 +220,18 @@ def test_a_share_of_the_values_is_changed(cells):
     made = sample(build(), control)
     assert (made != control).all()
     model = build(shrunk=True)
+    assert torch.equal(sample(model, control), made)
+    model.choose([], 0)
     halved = sample(model, control)
     taken, kept = halved == made, (halved - control).abs() < 1e-6
     assert (taken ^ kept).all()
     assert 0.4 < taken.double().mean() < 0.6
     model.share.zero_()
     torch.testing.assert_close(sample(model, control), control)
-    assert float(build(residual=False, shrunk=True).share) == 1
+    for nothing_beside in ({"residual": False}, {"control_dropout": 1.0}):
+        model = build(shrunk=True, **nothing_beside)
+        model.choose([], 0)
+        assert model.share == 1
 
 
 def test_guidance_needs_what_it_guides_away_from(cells):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import knockon as ko
-from knockon import models
+from knockon import models, validate
 from knockon.data import simulate, splits
 from knockon.data.conventions import Columns
 from knockon.data.screen import Screen
@@ -346,6 +346,19 @@ def test_drawn_counts_are_as_often_zero_as_measured_ones(run: Run, screen: Scree
 
     assert apart() < 0.03
     assert apart(quantile_mapped=False) > 0.05
+
+
+@torch.no_grad()
+def test_a_run_that_gives_means_is_ready_to_draw_counts(run: Run):
+    """Both are asked for at generation, so the map is fitted whatever training was told."""
+    model = replace(run.model.config, counts="means").build(run.model.spec).eval()
+    weights = run.model.state_dict()
+    unfitted = {k: x.clone() for k, x in model.state_dict().items() if k.startswith("quantile_map")}
+    fill(model, weights | unfitted)
+    validate.finish(model, run.screen, run.split, run.record.train.seed)
+    for key, before in unfitted.items():
+        torch.testing.assert_close(model.state_dict()[key], weights[key])
+        assert not torch.equal(before, weights[key])
 
 
 @torch.no_grad()

@@ -35,7 +35,8 @@ class PulledModel(Model):
     pulled
         Whether cells are moved at all.
     shrunk
-        Whether the share is chosen, and a half where there is nothing to choose by; else it is 1.
+        Whether the share is chosen after training, and a half where there is nothing to choose by; else it
+        is 1.
     """
 
     deep: ClassVar[bool] = True
@@ -48,7 +49,7 @@ class PulledModel(Model):
         super().__init__(spec)
         self.pulled = pulled
         self.shrunk = shrunk
-        self.register_buffer("share", torch.tensor(0.5 if shrunk else 1.0))
+        self.register_buffer("share", torch.ones(()))
         self.ripple = Config(missing="mean").build(spec) if anchored or pulled else None
         self.register_buffer("weight", torch.ones(()))
 
@@ -100,6 +101,8 @@ class PulledModel(Model):
         shares = SHARES if self.shrunk else (float(self.share),)
         if self.ripple is not None:
             validation = [one for one in validation if bool(self.ripple.measures(one.condition))]
+        if not validation:
+            self.share.fill_(0.5 if self.shrunk else 1.0)
         if not validation or len(weights) * len(shares) == 1:
             return
         errors = {}

@@ -190,8 +190,8 @@ class PerturbDiff(PulledModel):
 
     def __init__(self, config: Config, spec: Spec) -> None:
         wanted = not config.marginal and config.residual
-        switches = {name: wanted and getattr(config, name) for name in ("anchored", "pulled", "shrunk")}
-        super().__init__(spec, **switches)
+        switches = {name: wanted and getattr(config, name) for name in ("anchored", "pulled")}
+        super().__init__(spec, **switches, shrunk=wanted and config.shrunk and config.control_dropout < 1)
         self.config = config
         width = len(spec.genes) if config.condition_through_genes else config.width
         self.conditions = BranchEncoder(spec, config.branch, width)

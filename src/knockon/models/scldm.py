@@ -151,8 +151,7 @@ def paper() -> Recipe:
     return Recipe(
         model=Config(
             autoencoder=first.model, stage_one=first.train, hide="all", hidden=0.8, left_per="batch",
-            solver="dopri5", library="condition", quantile_mapped=False,
-            pulled=False,
+            solver="dopri5", library="condition", quantile_mapped=False, pulled=False,
         ),
         train=Training(
             steps=56_500, sets=128, cells=1, by_cells=True, lr=5e-4, final_lr=5e-5, warmup=5_650,
@@ -288,25 +287,22 @@ class LatentFlow(PulledModel):
         return rounded(counts, noise) if self.config.counts == "sampled" else counts
 
     def correct(self, training: Iterable[CellSets], seed: int) -> None:
-        """Compare what is generated of training conditions with their cells, gene by gene."""
-        if self.quantile_map is None or self.config.counts == "means":
+        """Compare counts that are drawn of training conditions with those of their cells, gene by gene."""
+        if self.quantile_map is None:
             return
-        self.quantile_map.fitted.fill_(value=False)
         noise = Noise(torch.Generator(self.total.device).manual_seed(seed))
-        generated, measured = [], []
+        drawn, measured = [], []
         for one in training:
-            generated.append(self.make(one.control, one.condition, noise)[0].cpu().numpy())
+            latents, sizes = self._beside(one.control, one.condition, noise)
+            drawn.append(self.autoencoder.draw(latents, sizes, noise)[0].cpu().numpy())
             measured.append(one.target[0].cpu().numpy())
-        self.quantile_map.fit(generated, measured)
+        self.quantile_map.fit(drawn, measured)
 
     def make(
         self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
     ) -> Float[Tensor, "sets cells genes"]:
         """Draw cells; of control cells, only their library sizes are used, if at all."""
-        classes = 1 + len(self.spec.covariates)
-        given = torch.ones(len(control), classes, dtype=torch.bool, device=control.device)
-        sizes = control.sum(-1) if self.config.library == "control" else None
-        return self._draw(condition, given, control[..., 0], sizes, noise)
+        return self._emit(*self._beside(control, condition, noise), noise)
 
     def generate(
         self, condition: Condition, given: Bool[Tensor, "sets classes"], cells: int, noise: Noise
@@ -320,7 +316,7 @@ class LatentFlow(PulledModel):
                 mend="name all of " + ", ".join(self.spec.classes) + ", or train with --model.hide each",
             )
         like = self.network.places.new_zeros(len(given), cells)
-        return self._draw(condition, given, like, None, noise)
+        return self._emit(*self._latents(condition, given, like, None, noise), noise)
 
     def flow(
         self,
@@ -364,14 +360,24 @@ class LatentFlow(PulledModel):
         used = shares.ne(0).any(1)
         return told[used], shares[used]
 
-    def _draw(
+    def _beside(
+        self, control: Float[Tensor, "sets cells genes"], condition: Condition, noise: Noise
+    ) -> tuple[Float[Tensor, "sets cells latents latent"], Float[Tensor, "sets cells"]]:
+        """Generate latents and library sizes of whole conditions, for each control cell one."""
+        classes = 1 + len(self.spec.covariates)
+        given = torch.ones(len(control), classes, dtype=torch.bool, device=control.device)
+        sizes = control.sum(-1) if self.config.library == "control" else None
+        return self._latents(condition, given, control[..., 0], sizes, noise)
+
+    def _latents(
         self,
         condition: Condition,
         given: Bool[Tensor, "sets classes"],
         like: Float[Tensor, "sets cells"],
         sizes: Float[Tensor, "sets cells"] | None,
         noise: Noise,
-    ) -> Float[Tensor, "sets cells genes"]:
+    ) -> tuple[Float[Tensor, "sets cells latents latent"], Float[Tensor, "sets cells"]]:
+        """Generate latents, and library sizes where none are given."""
         z = noise.normal(like.new_zeros(*like.shape, *self.shape))
         drawn = self.sizes(condition, given, noise, like) if sizes is None else sizes
         z = self.flow(z, condition, given)
@@ -379,11 +385,20 @@ class LatentFlow(PulledModel):
             raise UserError(
                 "The flow leads to values that are not finite",
                 expected="weights of guidance near 1, or a run that has learned",
-                mend="lower --weights, or take more steps",
+                mend="lower the weights (--weights, or --model.weights of training), or take more steps",
             )
+        return z, drawn
+
+    def _emit(
+        self,
+        z: Float[Tensor, "sets cells latents latent"],
+        sizes: Float[Tensor, "sets cells"],
+        noise: Noise,
+    ) -> Float[Tensor, "sets cells genes"]:
+        """Make counts of latents, mapped to measured ones where they are drawn."""
         if self.config.counts == "means":
-            return self.autoencoder.draw(z, drawn, None)
-        counts = self.autoencoder.draw(z, drawn, noise)
+            return self.autoencoder.draw(z, sizes, None)
+        counts = self.autoencoder.draw(z, sizes, noise)
         return counts if self.quantile_map is None else rounded(self.quantile_map(counts, noise), noise)
 
     def _hide(self, shape: torch.Size, rng: torch.Generator) -> Bool[Tensor, "sets cells classes"]:

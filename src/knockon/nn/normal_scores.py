@@ -26,13 +26,12 @@ NODES = torch.linspace(-5, 5, 161)
 """Places of a standard normal over which these are averaged, by its density."""
 
 
-class NormalScores(nn.Module):
+class Ranks(nn.Module):
     """Maps values of genes to normal scores and back.
 
-    A score is ``ndtri(F(x))`` with the distribution F of the gene's values in training cells. Where many
-    cells share a value, 0 above all, each draws its rank among them at random, so that scores are normal
-    whatever was measured; the way back needs no chance. Within a condition, scores of a gene spread around a
-    mean of their own.
+    A score is ``ndtri(F(x))`` with the distribution F of the gene's values in some cells. Where many cells
+    share a value, 0 above all, each draws its rank among them at random, so that scores are normal whatever
+    the values are; the way back needs no chance.
 
     Parameters
     ----------
@@ -41,44 +40,27 @@ class NormalScores(nn.Module):
     """
 
     values: Float[Tensor, "genes scores"]
-    """Value of each gene at each score of the table, log1p."""
+    """Value of each gene at each score of the table, in the units of the cells it was fitted to."""
     zero: Float[Tensor, "genes"]
     """Score up to which a gene is 0; infinite where it never is (negatively) or always is."""
-    spread: Float[Tensor, "genes"]
-    """Standard deviation of scores within a condition."""
-    means: Float[Tensor, "genes centers"]
-    """Mean value of a gene whose scores spread around each center of the table, log1p."""
 
     def __init__(self, genes: int) -> None:
         super().__init__()
         self.register_buffer("values", SCORES.expand(genes, -1).clone())
         self.register_buffer("zero", torch.full((genes,), -torch.inf))
-        self.register_buffer("spread", torch.ones(genes))
-        self.register_buffer("means", CENTERS.expand(genes, -1).clone())
 
     def fit(self, populations: Sequence[Float[np.ndarray, "_ genes"]]) -> None:
-        """Learn the distribution of each gene over all cells, and its spread within populations.
+        """Learn the distribution of each gene over all cells.
 
         Parameters
         ----------
         populations
-            Cells of each condition, log1p; at least one cell in all.
+            Cells of each condition, not negative; at least one cell in all.
         """
         cells = np.sort(np.concatenate(populations), axis=0)
         ranks = (ndtr(SCORES.double()).numpy() * len(cells)).astype(int).clip(max=len(cells) - 1)
         self.values.copy_(torch.from_numpy(cells[ranks].T.astype(np.float32)))
         self.zero.copy_(ndtri(torch.from_numpy((cells <= 0).mean(axis=0))))
-        noise = Noise(torch.Generator(self.values.device).manual_seed(0))
-        squares, freedom = torch.zeros_like(self.spread), 0
-        for population in populations:
-            scores = self(torch.from_numpy(population).to(self.values)[None], noise)[0]
-            squares += (scores - scores.mean(0)).square().sum(0)
-            freedom += len(scores) - 1
-        self.spread.copy_((squares / freedom).sqrt() if freedom else torch.ones_like(squares))
-        nodes = NODES.to(self.spread)[:, None] * self.spread
-        weights = NODES.square().div(-2).softmax(0).to(self.spread)
-        for i, center in enumerate(CENTERS.tolist()):
-            self.means[:, i] = weights @ self.inverse(center + nodes)
 
     def forward(
         self,
@@ -91,7 +73,7 @@ class NormalScores(nn.Module):
         Parameters
         ----------
         values
-            Cells, log1p.
+            Cells, not negative.
         noise
             Breaks ties.
         genes
@@ -112,7 +94,7 @@ class NormalScores(nn.Module):
     def inverse(
         self, scores: Float[Tensor, "*cells genes"], genes: Int[Tensor, "genes"] | None = None
     ) -> Float[Tensor, "*cells genes"]:
-        """Return values of scores, log1p: linear between tabulated ones, never between 0 and another."""
+        """Return values of scores: linear between tabulated ones, never between 0 and another."""
         table, zero = self._of(genes)
         columns = scores.to(table).flatten(0, -2).T
         place = (columns + FARTHEST) / STEP
@@ -121,6 +103,47 @@ class NormalScores(nn.Module):
         found = torch.where(at > 0, at, to).lerp(to, (place - lower).clamp(0, 1))
         found = torch.where(columns < zero, 0.0, found)
         return found.T.reshape(scores.shape).to(scores)
+
+    def _of(
+        self, genes: Int[Tensor, "genes"] | None
+    ) -> tuple[Float[Tensor, "genes scores"], Float[Tensor, "genes 1"]]:
+        values, zero = (x if genes is None else x[genes] for x in (self.values, self.zero))
+        return values, zero[:, None]
+
+
+class NormalScores(Ranks):
+    """Normal scores of log1p values, which within a condition spread around means of their own."""
+
+    spread: Float[Tensor, "genes"]
+    """Standard deviation of scores within a condition."""
+    means: Float[Tensor, "genes centers"]
+    """Mean value of a gene whose scores spread around each center of the table, log1p."""
+
+    def __init__(self, genes: int) -> None:
+        super().__init__(genes)
+        self.register_buffer("spread", torch.ones(genes))
+        self.register_buffer("means", CENTERS.expand(genes, -1).clone())
+
+    def fit(self, populations: Sequence[Float[np.ndarray, "_ genes"]]) -> None:
+        """Learn the distribution of each gene over all cells, and its spread within populations.
+
+        Parameters
+        ----------
+        populations
+            Cells of each condition, log1p; at least one cell in all.
+        """
+        super().fit(populations)
+        noise = Noise(torch.Generator(self.values.device).manual_seed(0))
+        squares, freedom = torch.zeros_like(self.spread), 0
+        for population in populations:
+            scores = self(torch.from_numpy(population).to(self.values)[None], noise)[0]
+            squares += (scores - scores.mean(0)).square().sum(0)
+            freedom += len(scores) - 1
+        self.spread.copy_((squares / freedom).sqrt() if freedom else torch.ones_like(squares))
+        nodes = NODES.to(self.spread)[:, None] * self.spread
+        weights = NODES.square().div(-2).softmax(0).to(self.spread)
+        for i, center in enumerate(CENTERS.tolist()):
+            self.means[:, i] = weights @ self.inverse(center + nodes)
 
     def center(self, mean: Float[Tensor, "sets genes"]) -> Float[Tensor, "sets genes"]:
         """Return the means of scores at which values have these means, as far as the table reaches.
@@ -134,9 +157,3 @@ class NormalScores(nn.Module):
         center = float(CENTERS[0]) + 2 * STEP * (upper - 1 + part)
         never = self.zero.clamp(max=FARTHEST) - FARTHEST * self.spread
         return center.maximum(never[:, None]).T.to(mean)
-
-    def _of(
-        self, genes: Int[Tensor, "genes"] | None
-    ) -> tuple[Float[Tensor, "genes scores"], Float[Tensor, "genes 1"]]:
-        values, zero = (x if genes is None else x[genes] for x in (self.values, self.zero))
-        return values, zero[:, None]

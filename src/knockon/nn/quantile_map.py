@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from knockon.nn.normal_scores import NormalScores
+from knockon.nn.normal_scores import Ranks
 from knockon.types import Noise
 
 
@@ -28,7 +28,7 @@ class QuantileMap(nn.Module):
 
     def __init__(self, genes: int) -> None:
         super().__init__()
-        self.generated, self.measured = NormalScores(genes), NormalScores(genes)
+        self.generated, self.measured = Ranks(genes), Ranks(genes)
         self.register_buffer("fitted", torch.tensor(False))  # noqa: FBT003 (a value and no switch)
 
     def fit(
@@ -54,7 +54,14 @@ class QuantileMap(nn.Module):
 
         Parameters
         ----------
+        cells
+            In the units of those it was fitted to.
         noise
             Breaks ties.
+
+        Returns
+        -------
+        Tensor
+            In those units; counts may come to lie between whole ones.
         """
         return self.measured.inverse(self.generated(cells, noise)) if self.fitted else cells

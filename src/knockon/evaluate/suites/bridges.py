@@ -21,6 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 
+from knockon.data.arrays import own_threads
 from knockon.evaluate.populations import num_cells
 from knockon.types import CONTROL, Label
 
@@ -87,13 +88,13 @@ def joined(
 
 @contextmanager
 def quiet(*packages: str) -> Iterator[None]:
-    """Silence progress bars and the log of some packages."""
+    """Silence progress bars and the log of some packages, and keep them from torch's threads."""
     loggers = [logging.getLogger(name) for name in packages]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), own_threads():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from knockon.data.arrays import own_threads
 from knockon.evaluate.metrics import Metric, Noise
 from knockon.evaluate.pairs import Pairs
 from knockon.evaluate.populations import num_cells
@@ -80,7 +79,7 @@ def _scored(pairs: Pairs, places: np.ndarray) -> dict[str, Column]:
         side(labels, [source[i] for i in places], control, genes) for source in (pairs.cells, truth.cells)
     )
     skipped = TOGETHER if len(labels) < FEWEST else SLOW * (num_cells(control) ** 2 * len(genes) > MOST)
-    with TemporaryDirectory() as folder, quiet("cell_eval", "pdex"), own_threads(), warnings.catch_warnings():
+    with TemporaryDirectory() as folder, quiet("cell_eval", "pdex"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = _evaluator()(
             adata_pred=predicted,

@@ -37,7 +37,10 @@ Score = Callable[[Model], float]
 def score_by(
     screen: Screen, spec: Spec, labels: tuple[Label, ...], training: Training, device: torch.device
 ) -> Score:
-    """Make the score that a training asks for; what it needs of the screen is made once."""
+    """Make the score that a training asks for; what it needs of the screen is made once.
+
+    Cells are generated as they are before ``finish`` corrects and chooses.
+    """
     if training.validate_by == "cells" or not labels:
         return lambda model: _distance_to(model, screen, labels, training)
     sampler = Sampler(

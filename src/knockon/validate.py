@@ -57,7 +57,7 @@ def finish(model: Model, screen: Screen, split: Split, seed: int) -> None:
     By cells of training conditions (control cells, where there are no others), and of validation conditions.
     """
     labels = split.train or screen.controls
-    drawn = np.random.default_rng(seed).permutation(len(labels))[:CORRECTED]  # their order is by context
+    drawn = np.random.default_rng(seed).permutation(len(labels))[:CORRECTED]  # in order, contexts alternate
     few = max(2, min(CELLS, CORRECTED_VALUES // (CORRECTED * len(screen.genes))))
     model.eval().correct(_sets(model, screen, [labels[i] for i in drawn], seed, few), seed)
     some = [label for label in split.validation if len(screen.rows[label]) > 1][:CONDITIONS]

@@ -66,6 +66,12 @@ TASKS = (
         data=replace(demo(), seed=101),
     ),
     Task(
+        name="demo101-counts",
+        about="the same screen in counts, for scLDM, which reads nothing else",
+        data=replace(demo(), seed=101),
+        columns=COUNTS,
+    ),
+    Task(
         name="interaction102",
         about="simulated screen `interaction`, seed 102, additive split: many doubles are far from the sum "
         "of their singles; not used in development",

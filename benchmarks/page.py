@@ -38,8 +38,8 @@ that intervals are somewhat too narrow. Bold: above 0 with its interval.
   each other. Sets of `ripple`, `scdfm`, `perturbdiff` and `scldm` have nearly no noise in their means: that
   is worth something where means are scored, and flatters the energy distance, which takes cells for
   independent.
-- An empty field: not measured, no basis for any test condition, no scores (the screen's remarks say why), or, for
-  scLDM, no counts.
+- An empty field: not measured, no basis for any test condition, no scores (the screen's remarks say why), or,
+  for scLDM, no counts.
 - `no_effect` is the floor. `scdfm`, `perturbdiff`, `scldm` and `ripple` are the default presets.
 - `scdfm-paper`, `perturbdiff-paper`, `scldm-paper`: objective and switches of the paper preset at the widths,
   layers, heads, sets, cells and steps of the default one, and with its rates; scLDM also with its solver.

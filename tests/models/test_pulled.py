@@ -93,16 +93,21 @@ class Learned(Repeated):
 @pytest.mark.parametrize(("scale", "share"), [(1.0, 0.0), (0.5, 1.0), (2 / 3, 0.5)])
 @pytest.mark.parametrize("pulled", [False, True])
 def test_the_share_of_what_was_learned_is_chosen(
-    screen: Screen, scale: float, share: float, pulled: bool
+    screen: Screen, scale: float, share: float, pulled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "knockon")
     right = torch.from_numpy(screen.cells_of(AB))
     model = Learned(screen.spec(), scale * right, pulled=pulled, shrunk=True)
     model.fit_statistics(screen.select([label for label in screen.labels if label != AB]))
     model.choose(sets_of(screen, model, [AB]), 0)
     assert (float(model.share), float(model.weight)) == (share, 0.0 if pulled else 1.0)
+    taken = {0.0: "nothing", 0.5: "half", 1.0: "all"}[share]
+    told = f"{taken} of what was learned" + ", weight 0 for the mean of ripple" * pulled
+    assert caplog.messages == [f"chosen by validation conditions (1): {told}"]
     without = Learned(screen.spec(), scale * right, pulled=pulled, shrunk=True)
     without.choose([], 0)
     assert float(without.share) == 0.5
+    assert "no validation condition can choose: half of what was learned" in caplog.text
     whole = Learned(screen.spec(), scale * right, pulled=pulled)
     whole.fit_statistics(screen)
     whole.choose(sets_of(screen, whole, [AB]), 0)

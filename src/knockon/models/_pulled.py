@@ -1,5 +1,6 @@
 """Models whose cells are moved towards the mean of ripple in the end."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, final
@@ -12,6 +13,8 @@ from knockon.dynamics.discrepancy import energy_distance
 from knockon.model import Model
 from knockon.models.ripple import Config
 from knockon.types import CellSets, Condition, Noise, Spec
+
+log = logging.getLogger("knockon")
 
 WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Weights of the mean of ripple that are tried."""
@@ -101,9 +104,11 @@ class PulledModel(Model):
         shares = SHARES if self.shrunk else (float(self.share),)
         if self.ripple is not None:
             validation = [one for one in validation if bool(self.ripple.measures(one.condition))]
+        if len(weights) * len(shares) == 1:
+            return
         if not validation:
             self.share.fill_(0.5 if self.shrunk else 1.0)
-        if not validation or len(weights) * len(shares) == 1:
+            log.info("no validation condition can choose: %s", self._chosen())
             return
         errors = {}
         for share in shares:
@@ -112,6 +117,12 @@ class PulledModel(Model):
         share, weight = min(errors, key=lambda tried: errors[tried])
         self.share.fill_(share)
         self.weight.fill_(weight)
+        log.info("chosen by validation conditions (%d): %s", len(validation), self._chosen())
+
+    def _chosen(self) -> str:
+        taken = {0.0: "nothing", 0.5: "half", 1.0: "all"}[float(self.share)]
+        weight = f"weight {float(self.weight):g} for the mean of ripple"
+        return ", ".join([f"{taken} of what was learned"] * self.shrunk + [weight] * self.pulled)
 
     def _errors(
         self, validation: Sequence[CellSets], weights: Sequence[float], seed: int

@@ -72,8 +72,9 @@ class Task:
 
     @property
     def has_truth(self) -> bool:
-        """Whether the true residuals of held-out doubles are known."""
-        return isinstance(self.data, Simulation) and self.split == "additive"
+        """Whether true residuals of doubles are known: not where counts are brought to another total."""
+        simulated = isinstance(self.data, Simulation) and self.columns != COUNTS
+        return simulated and self.split == "additive"
 
     def file(self, folder: Path) -> Path:
         """Return the screen's file; a simulated one lies in the folder, and is made where it is missing."""

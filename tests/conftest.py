@@ -2,7 +2,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # small steps are ten times faster on one thread
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,18 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from knockon.data.arrays import own_threads
 from knockon.data.screen import Screen
 from knockon.types import Covariate, Label
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """No test leaves torch another number of threads, as packages with numba would."""
+    with own_threads():
+        yield
 
 
 @pytest.fixture

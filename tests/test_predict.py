@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import torch
 
 from knockon import models
 from knockon.data import simulate
@@ -45,7 +44,6 @@ def test_control_cells_are_used_equally_often(screen: Screen, no_effect: Model) 
 
 def test_a_condition_does_not_depend_on_the_others(screen: Screen) -> None:
     model = models.recipe("scdfm", "small").model
-    torch.set_num_threads(1)
     network = model.build(screen.spec())
     network.fit_statistics(screen)
     a, b, c = screen.conditions[:3]

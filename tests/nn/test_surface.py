@@ -99,6 +99,16 @@ def test_each_set_is_answered_by_its_own_fold() -> None:
     torch.testing.assert_close(surface(sets).flatten(), surface(features))
 
 
+def test_several_threads_fit_what_one_does() -> None:
+    features, noise = examples(0)
+    target = bend(features) + noise
+    one = fitted(features, target, cosines=600)  # torch's batched LU goes wrong from some 150 columns
+    torch.set_num_threads(2)
+    two = fitted(features, target, cosines=600)
+    assert one.weight.any()
+    torch.testing.assert_close(two.weight, one.weight, atol=1e-4, rtol=0)
+
+
 def test_uncertain_examples_count_less() -> None:
     (features, noise), (others, _) = examples(0), examples(1)
     bad = torch.arange(len(features)) % 2 == 0

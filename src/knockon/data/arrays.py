@@ -268,7 +268,8 @@ def own_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(number)
+        if torch.get_num_threads() != number:
+            torch.set_num_threads(number)
 
 
 def _width(matrix: Matrix, result: int) -> int:

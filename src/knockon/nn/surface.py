@@ -90,12 +90,12 @@ class Surface(nn.Module):
         ridge = torch.eye(terms, dtype=torch.float64)
         best = square.sum()
         for penalty in PENALTIES:
-            without = torch.linalg.solve(gram.sum(0) - gram + penalty * ridge, moment.sum(0) - moment)
+            without = _solved(gram.sum(0) - gram + penalty * ridge, moment.sum(0) - moment)
             explained = 2 * (moment * without).sum(1) - torch.einsum("fi,fij,fj->f", without, gram, without)
             error = (square - explained).sum()
             if error < best and explained.mean() > explained.std() / math.sqrt(FOLDS):
                 best = error
-                whole = torch.linalg.solve(gram.sum(0) + penalty * ridge, moment.sum(0))
+                whole = _solved(gram.sum(0) + penalty * ridge, moment.sum(0))
                 self.weight = torch.cat([without, whole[None]]).float()
 
     def forward(
@@ -116,3 +116,14 @@ class Surface(nn.Module):
         z = z.sign() * z.abs().log1p()
         waves = math.sqrt(2 / len(self.phase)) * (z @ self.frequency + self.phase).cos()
         return torch.cat([waves, LINEAR * z, torch.ones_like(z[..., :1])], dim=-1)
+
+
+def _solved(
+    matrix: Float[Tensor, "*sets terms terms"], right: Float[Tensor, "*sets terms"]
+) -> Float[Tensor, "*sets terms"]:
+    """Solve with positive definite matrices.
+
+    Not by `torch.linalg.solve`, whose LU of several large matrices is wrong on several threads of a CPU
+    (https://github.com/pytorch/pytorch/issues/142815).
+    """
+    return torch.cholesky_solve(right[..., None], torch.linalg.cholesky(matrix)).squeeze(-1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from knockon.dynamics import shrinkage
-from knockon.dynamics.shrinkage import denoise, low_rank, stand_out
+from knockon.dynamics.shrinkage import denoise, low_rank, slopes, stand_out
 
 Draw = np.random.Generator
 
@@ -140,3 +140,24 @@ def test_the_smallest_tables(draw: Draw, shape: tuple[int, int]) -> None:
     found = denoise(noisy, np.ones(shape[0]), np.ones(shape[1]))
     assert found.shape == shape
     assert (np.abs(found) <= np.abs(noisy) + 1e-9).all()
+
+
+def test_slopes_are_those_of_least_squares_where_these_lie_within_0_and_1(draw: Draw) -> None:
+    guesses = draw.normal(size=(50, 2))
+    measured = guesses @ [0.3, 0.8] + draw.normal(scale=0.1, size=50)
+    free = np.linalg.lstsq(guesses, measured)[0]
+    np.testing.assert_allclose(slopes(guesses.T @ guesses, guesses.T @ measured), free, rtol=1e-6)
+
+
+def test_slopes_are_bounded_and_others_make_up_for_it(draw: Draw) -> None:
+    guesses = draw.normal(size=(50, 2)) + draw.normal(size=(50, 1))
+    measured = guesses @ [-0.5, 0.6]
+    alone = guesses[:, 1] @ measured / np.square(guesses[:, 1]).sum()
+    found = slopes(guesses.T @ guesses, guesses.T @ measured)
+    np.testing.assert_allclose(found, [0, alone], atol=1e-6)
+    np.testing.assert_allclose(slopes(np.eye(2), np.array([2.0, 0.5])), [1, 0.5])
+
+
+def test_a_guess_that_is_always_zero_changes_no_other() -> None:
+    assert slopes(np.diag([0, 2.0]), np.array([0, 1.0]))[1] == pytest.approx(0.5)
+    np.testing.assert_allclose(slopes(np.ones((2, 2)), np.full(2, 0.5)).sum(), 0.5)  # both the same

@@ -101,19 +101,23 @@ def test_measured_effects_come_nearer_to_the_truth(make_screen) -> None:
 
 
 def test_an_unmeasured_single_is_the_mean_of_its_neighbors_by_their_vectors(make_screen) -> None:
-    base, one, other = np.full(GENES, 3.0), np.linspace(-1, 1, GENES), np.linspace(1, 0, GENES)
-    gone = (Label.of(["new"]), Label.of(["far", "new"]))
-    cells = {Label(): around(base), Label.of(["far"]): around(base + other)} | {x: around(base) for x in gone}
+    """What the neighbors of others would have guessed of them is borne out, and the mean over all is not."""
+    base, one, other = np.full(GENES, 3.0), np.linspace(-1, 1, GENES), np.cos(np.arange(GENES))
+    gone = (Label.of(["new"]), Label.of(["far0", "new"]))
+    cells = {Label(): around(base)} | {x: around(base) for x in gone}
     cells |= {Label.of([f"near{i}"]): around(base + (i + 1) * one / 2) for i in range(3)}
-    angles = {"new": 0.0, "far": 3.0, "near0": 0.1, "near1": -0.1, "near2": 0.0}
+    cells |= {Label.of([f"far{i}"]): around(base + other) for i in range(2)}
+    angles = {"new": 0.0, "far0": 3.0, "far1": 3.1, "near0": 0.1, "near1": -0.1, "near2": 0.0}
     vectors = {name: np.array([np.cos(a), np.sin(a)]) for name, a in angles.items()}
     config = response_surface.Config(noise=0, cosines=60, neighbors=3, temperature=1e6, components=2)
     model = fit(config, make_screen(cells), gone, vectors)
-    faith = float(model.faith)
-    assert 0 < faith <= 1
-    np.testing.assert_allclose(predict(model, Label.of(["new"]))[0], base + faith * one, rtol=1e-4)
-    both = base + faith * one + other
-    np.testing.assert_allclose(predict(model, Label.of(["far", "new"]))[0], both, rtol=1e-4)
+    near, average = model.faith[1].tolist()
+    assert 0.5 < near <= 1
+    assert average < 0.2
+    new = near * one + average * (3 * one + 2 * other) / 5
+    np.testing.assert_allclose(predict(model, Label.of(["new"]))[0], base + new, rtol=1e-4)
+    both = base + new + other
+    np.testing.assert_allclose(predict(model, Label.of(["far0", "new"]))[0], both, rtol=1e-4)
 
 
 def test_guesses_are_believed_as_far_as_singles_bear_them_out(make_screen) -> None:
@@ -128,7 +132,30 @@ def test_guesses_are_believed_as_far_as_singles_bear_them_out(make_screen) -> No
         measured = np.array(effects)
         guessed = (measured.sum(0) - measured) / 5
         slope = (guessed * measured).sum() / (guessed**2).sum()
-        assert float(model.faith) == pytest.approx(np.clip(slope, 0, 1), abs=1e-3)
+        assert float(model.faith[0, 1]) == pytest.approx(np.clip(slope, 0, 1), abs=1e-3)
+
+
+def test_where_neighbors_say_nothing_the_mean_effect_stands_in_for_them(make_screen) -> None:
+    """All perturbations do much the same, and who is near whom is no more than chance."""
+    draw = np.random.default_rng(0)
+    names, common = [f"p{i}" for i in range(12)], draw.normal(size=GENES) / 2
+    effects = {name: common + draw.normal(size=GENES) / 4 for name in names}
+    cells = {Label(): around(np.full(GENES, 3.0))}
+    cells |= {Label.of([name]): around(3.0 + effect) for name, effect in effects.items()}
+    vectors = {name: draw.normal(size=3) for name in names}
+    config = response_surface.Config(noise=0, curved=False, neighbors=1, components=3)
+    gone = (Label.of(["p0"]),)
+    model = fit(config, make_screen(cells), gone, vectors)
+    missed = predict(model, *gone)[0] - 3.0 - effects["p0"]
+    neighbor = effects[nearest_to(vectors, "p0")] - effects["p0"]
+    assert np.square(missed).sum() < 0.8 * np.square(neighbor).sum()
+    assert model.faith[1, 1] > 2 * model.faith[1, 0]
+
+
+def nearest_to(vectors: dict[str, np.ndarray], name: str) -> str:
+    """By cosine."""
+    unit = {other: vector / np.linalg.norm(vector) for other, vector in vectors.items()}
+    return max(unit.keys() - {name}, key=lambda other: unit[other] @ unit[name])
 
 
 def test_what_was_never_measured_is_not_known(make_screen) -> None:

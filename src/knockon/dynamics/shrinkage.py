@@ -7,6 +7,7 @@ single entries that no pattern explains, such as the perturbed gene itself.
 
 import numpy as np
 from jaxtyping import Float
+from scipy.optimize import lsq_linear
 
 SCALES = 4.0 ** np.arange(6)
 """Variances that the entries which stand out may have, in units of that of the noise."""
@@ -80,6 +81,23 @@ def stand_out(white: Table) -> Table:
         kept = np.tensordot((share * (1 - precision)).astype(np.float32), likelihood, 1) / total
         found[row] = entries * kept
     return found
+
+
+def slopes(
+    gram: Float[np.ndarray, "guesses guesses"], moment: Float[np.ndarray, "guesses"]
+) -> Float[np.ndarray, "guesses"]:
+    """Find the factors, between 0 and 1, by which a sum of guesses is nearest to what was measured.
+
+    Parameters
+    ----------
+    gram, moment
+        Products of the guesses with each other, and with what was measured. A guess that is always 0 gets
+        0 or any other factor.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    root = np.sqrt(np.maximum(values, 0))
+    right = np.divide(vectors.T @ moment, root, out=np.zeros_like(root), where=root > 1e-6 * root.max())
+    return lsq_linear((vectors * root).T, right, bounds=(0, 1)).x
 
 
 def _likelihood(

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knockon.baseline import MeanModel, MeasuredEffects, first_found
+from knockon.baseline import MeanModel, MeasuredEffects
 from knockon.data.screen import Screen
-from knockon.dynamics.shrinkage import denoise
+from knockon.dynamics.shrinkage import denoise, slopes
 from knockon.model import ModelConfig, Recipe
 from knockon.models._embedding import Neighbors
 from knockon.models._halves import share_by_halves
@@ -80,15 +80,14 @@ class ResponseSurface(MeanModel):
     1. *carried*: measured in other contexts only; the mean over them, the more alike the control cells
        the more weight;
     2. *guessed*: a perturbation that was never measured alone; the mean over its nearest neighbors by
-       their vectors, times one factor;
+       their vectors and the mean over all effects, each times a factor;
     3. *combined*: several perturbations; the sum over them, each measured, carried or guessed.
 
     What is carried or combined is corrected by a surface, which learns from training conditions as if they
     had not been measured, and is zero where it does not better predict treatments that it was not fitted
-    to. What is guessed is too far off for that: the factor is the slope, between 0 and 1, of the effects of
-    singles on what the others would have guessed. In a context of which training has no
-    effect at all, only a surface corrects that was found to predict contexts that it was not fitted to.
-    Effects are denoised.
+    to. What is guessed is too far off for that: the factors are the slopes, between 0 and 1, of the effects
+    of singles on what the others would have guessed. In a context of which training has no effect at all,
+    only a surface corrects that predicts contexts that it was not fitted to. Effects are denoised.
     """
 
     treatment: Int[Tensor, "rows"]
@@ -101,8 +100,8 @@ class ResponseSurface(MeanModel):
     """Squared error of the measured effects."""
     spread: Float[Tensor, "genes"]
     """Standard deviation of a gene within conditions, log1p."""
-    faith: Float[Tensor, ""]
-    """Factor of what is guessed."""
+    faith: Float[Tensor, "basis guesses"]
+    """Factors of what neighbors guess and of the mean effect, without and with neighbors."""
     response: Float[Tensor, "mean_and_std genes"]
     """Over the measured effects."""
 
@@ -120,7 +119,7 @@ class ResponseSurface(MeanModel):
         self.register_buffer("apart", torch.zeros(0, 0))
         self.register_buffer("doubt", torch.zeros(0))
         self.register_buffer("spread", torch.zeros(len(spec.genes)))
-        self.register_buffer("faith", torch.ones(()))
+        self.register_buffer("faith", torch.eye(2).flip(0))
         self.register_buffer("response", torch.zeros(2, len(spec.genes)))
 
     def fit_effects(self, train: Screen) -> None:
@@ -178,7 +177,8 @@ class ResponseSurface(MeanModel):
         """Whether the condition, or each of its parts, was measured or has measured neighbors."""
         exact = self.effects.exact(condition).any(-1)
         single = self.effects.single(condition).any(-1)
-        return exact | (single | self._near(condition, None).any(-1) | (condition.perturbation == 0)).all(-1)
+        guessed = self.neighbors.weigh(self.effects, condition).any(-1) | (self.config.missing == "mean")
+        return exact | (single | guessed | (condition.perturbation == 0)).all(-1)
 
     def _respond(self, condition: Condition, without: "Without") -> Float[Tensor, "sets genes"]:
         fold = None if without is None else self.treatment[without.int().argmax(1)]
@@ -201,23 +201,22 @@ class ResponseSurface(MeanModel):
     ) -> Float[Tensor, "sets slots genes"]:
         """Estimate the effect of each perturbation alone."""
         alone = self.effects.single(condition, without)
-        near = self._near(condition, without)
-        found = []
-        for slot in range(alone.shape[1]):
-            measured = self._estimate(condition, alone[:, slot], fold)
-            missing = (alone[:, slot] == 0).all(-1) & (condition.perturbation[:, slot] > 0)
-            stand_in = near[:, slot] * missing[:, None]
-            here = self._population(condition)
-            found.append(measured + self.faith * self.effects(self._by_likeness(stand_in, here)))
-        return torch.stack(found, dim=1)
+        missing = (alone == 0).all(-1) & (condition.perturbation > 0)
+        found = torch.stack([self._estimate(condition, weights, fold) for weights in alone.unbind(1)], dim=1)
+        if not missing.any():
+            return found
+        guesses, near = self._guesses(condition, without)
+        guessed = (self.faith[near.long()].unsqueeze(-1) * guesses).sum(2)
+        return torch.where(missing.unsqueeze(-1), guessed, found)
 
-    def _near(self, condition: Condition, without: "Without") -> Float[Tensor, "sets slots rows"]:
-        """Weigh what stands in for each perturbation where it was not measured."""
+    def _guesses(
+        self, condition: Condition, without: "Without"
+    ) -> tuple[Float[Tensor, "sets slots guesses genes"], Bool[Tensor, "sets slots"]]:
+        """Guess each effect by neighbors and by all effects, and say whether there are neighbors."""
         near = self.neighbors.weigh(self.effects, condition, without)
-        if self.config.missing == "refuse":
-            return near
-        average = self.effects.average(condition, without).unsqueeze(1)
-        return first_found(near, average * (condition.perturbation > 0).unsqueeze(-1))
+        average = self.effects.average(condition, without).unsqueeze(1).expand_as(near)
+        weights = self._by_likeness(torch.stack([near, average], 2), self._population(condition))
+        return self.effects(weights), near.any(-1)
 
     def _estimate(
         self,
@@ -244,9 +243,10 @@ class ResponseSurface(MeanModel):
         return (self._population(condition)[:, None] == self.rows_in).any(-1)
 
     def _by_likeness(
-        self, weights: Float[Tensor, "sets rows"], here: Int[Tensor, "sets"]
-    ) -> Float[Tensor, "sets rows"]:
-        scaled = weights / (self.doubt + self.apart[here][:, self.rows_in]).clamp_min(1e-9)
+        self, weights: Float[Tensor, "sets *some rows"], here: Int[Tensor, "sets"]
+    ) -> Float[Tensor, "sets *some rows"]:
+        error = (self.doubt + self.apart[here][:, self.rows_in]).clamp_min(1e-9)
+        scaled = weights / error.reshape(len(error), *(1,) * (weights.ndim - 2), -1)
         return scaled / scaled.sum(-1, keepdim=True).clamp_min(torch.finfo(scaled.dtype).tiny)
 
     def _about(
@@ -303,16 +303,23 @@ class ResponseSurface(MeanModel):
             dim=-1,
         )
 
-    def _believe(self, asked: Condition, raw: Float[Tensor, "rows genes"]) -> Float[Tensor, ""]:
-        """Fit the factor of what is guessed to measured singles, each guessed without its perturbation."""
+    def _believe(self, asked: Condition, raw: Float[Tensor, "rows genes"]) -> Float[Tensor, "basis guesses"]:
+        """Fit the factors of what is guessed to measured singles, each guessed without its perturbation."""
         alone = ((asked.perturbation > 0).sum(1) == 1).nonzero().flatten()
-        both = square = torch.zeros(())
+        gram, moment = torch.zeros(2, 2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
         for some in alone.split(BLOCK):
             touching = (asked.perturbation[some, :1, None] == asked.perturbation).any(-1)
-            near = self._near(asked[some], touching)[:, 0]
-            guessed = self.effects(self._by_likeness(near, self.rows_in[some]))
-            both, square = both + (guessed * raw[some]).sum(), square + guessed.square().sum()
-        return (both / square).clamp(0, 1) if square > 0 else torch.ones(())
+            guesses, near = (x[:, 0] for x in self._guesses(asked[some], touching))
+            counted = torch.stack([torch.ones_like(near), near])[:, :, None, None] * guesses
+            counted[0, :, 0] = 0
+            gram += torch.einsum("bsig,bsjg->bij", counted, counted)
+            moment += torch.einsum("bsig,sg->bi", counted, raw[some])
+        if not gram[0].any():
+            return self.faith
+        if not gram[1].any():
+            gram[1], moment[1] = gram[0], moment[0]
+        found = [slopes(*of) for of in zip(gram.numpy(), moment.numpy(), strict=True)]
+        return torch.from_numpy(np.stack(found)).float()
 
     def _fit_surfaces(self, asked: Condition, raw: Float[Tensor, "rows genes"]) -> None:
         """Fit each surface to what its simple estimate misses of training conditions held out."""
@@ -402,7 +409,6 @@ class ResponseSurface(MeanModel):
 
 Without = Bool[Tensor, "sets rows"] | None
 """Rows of measured effects that do not count for each set."""
-
 
 Estimate = tuple[Float[Tensor, "sets genes"], Float[Tensor, "sets genes features"]]
 """What is expected of some training conditions, and what is known of each gene there."""

@@ -136,7 +136,7 @@ def configuration(recipe: Recipe, cells: int) -> str:
 
 def has_basis(recipe: Recipe, screen: Screen, folds: Iterable[Split], options: Options = Options()) -> bool:
     """Whether a model can predict any test condition of any fold; found before it is trained."""
-    untrained = replace(recipe, train=replace(recipe.train, steps=0))
+    untrained = Recipe(model=recipe.model.answering(), train=replace(recipe.train, steps=0))
     for split in folds:
         try:
             with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import page, record
@@ -149,20 +149,13 @@ def chosen(names: Sequence[str]) -> dict[str, Recipe]:
     for name in names:
         base = name.removesuffix(PAPER)
         if name == "ripple" + INDEPENDENT:
-            recipe = _answering(models.recipe("ripple"))
+            recipe = models.recipe("ripple")
             found[name] = replace(recipe, model=replace(recipe.model, together=1024))
         elif base not in models.names() or (name != base and base not in SIZES):
             log.warning("%s is skipped: there is no such model", name)
         elif name not in BASELINES:
-            found[name] = paper_switches(base) if name != base else _answering(models.recipe(name))
+            found[name] = paper_switches(base) if name != base else models.recipe(name)
     return found
-
-
-def _answering(recipe: Recipe) -> Recipe:
-    """Let the mean effect stand in where a model can be told so, as it does for the baselines."""
-    if "missing" in {field.name for field in fields(recipe.model)}:
-        return replace(recipe, model=replace(recipe.model, missing="mean"))
-    return recipe
 
 
 def run(task: Task, how: How, further: dict[str, Recipe], kept: Path) -> None:

@@ -70,7 +70,7 @@ def test_only_what_is_missing_is_done_again(screen: Screen, folder: Path) -> Non
     assert (folder / "scores.csv").read_text() == scores
 
 
-def test_what_cannot_be_predicted_is_left_out_and_said(
+def test_what_cannot_be_predicted_is_left_out_or_guessed_and_both_are_said(
     screen: Screen, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     unseen = splits.unseen(screen, fraction=0.2)
@@ -79,11 +79,11 @@ def test_what_cannot_be_predicted_is_left_out_and_said(
             screen,
             unseen,
             out=tmp_path,
-            comparison=Comparison(models=("latent_additive:small",), cells=8, steps=1),
+            comparison=Comparison(models=("latent_additive:small", "ripple"), cells=8, steps=1),
         )
     assert "latent_additive-small is left out" in caplog.text
     assert "the mean effect stands in" in caplog.text
-    assert set(summary["model"]) == {*BASELINES, "ceiling"}
+    assert set(summary["model"]) == {*BASELINES, "ripple", "ceiling"}
 
 
 def test_what_cannot_be_predicted_is_not_trained_either(screen: Screen, tmp_path: Path) -> None:

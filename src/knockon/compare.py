@@ -12,7 +12,7 @@ from knockon import models
 from knockon.data.room import settle
 from knockon.data.screen import Screen
 from knockon.data.splits import Split, singles
-from knockon.evaluate import scores, suites
+from knockon.evaluate import suites
 from knockon.evaluate.summary import BASELINES, summarize
 from knockon.files import alone, write_text
 from knockon.jobs import Outcome, do_all
@@ -231,23 +231,23 @@ def recipes(comparison: Comparison, further: Mapping[str, Recipe] | None = None)
     found = {}
     for text in (*BASELINES, *(name for name in asked if name not in BASELINES)):
         name, _, preset = text.partition(":")
-        recipe = scores.simple(name) if text in BASELINES else models.recipe(name, preset or "default")
-        found[text.replace(":", "-")] = recipe
+        found[text.replace(":", "-")] = models.recipe(name, preset or "default")
     for name, recipe in (found | dict(further or {})).items():
         training = dataclasses.replace(recipe.train, seed=comparison.seed)
         if training.steps and comparison.steps is not None:
             training = dataclasses.replace(training, steps=comparison.steps)
-        found[name] = dataclasses.replace(recipe, train=training)
+        found[name] = Recipe(model=recipe.model.answering(), train=training)
     return found
 
 
 def _announce(split: Split) -> None:
-    """Say what stands in where the additive baselines lack a single."""
+    """Say what stands in where models that add effects lack a single."""
     measured = {label.everywhere for label in (*split.train, *split.validation)}
     tested = {label.everywhere for label in split.test}
     lacking = sorted({str(s) for label in tested - measured for s in singles(label) if s not in measured})
     if lacking:
         log.info(
-            "additive and shrunken_additive: the mean effect stands in for what was not measured alone: %s",
+            "the mean effect stands in, in models with the option `missing` (additive, ripple and others), "
+            "for what was not measured alone and has no vector: %s",
             ", ".join(lacking),
         )

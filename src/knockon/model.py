@@ -7,7 +7,7 @@ arguments (``default``, and where they make sense ``paper`` and ``small``) that 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_type_hints
 
@@ -225,6 +225,10 @@ class ModelConfig(ABC):
     @abstractmethod
     def build(self, spec: Spec) -> Model:
         """Make the model, with weights drawn from torch's global generator (the caller forks it)."""
+
+    def answering(self) -> "ModelConfig":
+        """Let the mean effect stand in for what was never measured, where there is an option ``missing``."""
+        return replace(self, **{"missing": "mean"} if "missing" in {f.name for f in fields(self)} else {})
 
     def earlier(self) -> "Path | Recipe | None":
         """Name the stage that comes before: its run folder, or how to train it; None for most models."""

@@ -23,9 +23,6 @@ from knockon.evaluate.suites import Asked, metric_named, refuse_unfit, score, si
 from knockon.evaluate.summary import BASELINES, CEILING, refuse_empty
 from knockon.evaluate.truth import Truth
 from knockon.evaluate.verdict import Verdict
-from knockon.model import Recipe
-from knockon.models.additive import Config as AdditiveConfig
-from knockon.models.shrunken_additive import Config as ShrunkenConfig
 from knockon.predict import generate
 from knockon.types import Spec, Units, UserError
 
@@ -158,19 +155,11 @@ def anchors(
     return _ordered(*tables, ceiling(truth, suite, seed=seed).assign(model=CEILING))
 
 
-def simple(name: str) -> Recipe:
-    """Return a simple baseline that answers every condition: the mean effect stands in for a missing part."""
-    recipe = models.recipe(name)
-    if isinstance(recipe.model, AdditiveConfig | ShrunkenConfig):
-        return replace(recipe, model=replace(recipe.model, missing="mean"))
-    return recipe
-
-
 def _baselines(train: Screen, spec: Spec) -> Iterator[tuple[str, MeanModel]]:
     """Fit the simple baselines. What they know of control cells is the same, and learned once."""
     first = None
     for name in BASELINES:
-        model = cast(MeanModel, simple(name).model.build(spec))
+        model = cast(MeanModel, models.recipe(name).model.answering().build(spec))
         if first is None:
             model.fit_controls(train)
             first = model

@@ -82,7 +82,7 @@ def test_what_cannot_be_predicted_is_left_out_or_guessed_and_both_are_said(
             comparison=Comparison(models=("latent_additive:small", "ripple"), cells=8, steps=1),
         )
     assert "latent_additive-small is left out" in caplog.text
-    assert "the mean effect stands in" in caplog.text
+    assert "ripple guess its effect" in caplog.text
     assert set(summary["model"]) == {*BASELINES, "ripple", "ceiling"}
 
 
@@ -92,19 +92,23 @@ def test_what_cannot_be_predicted_is_not_trained_either(screen: Screen, tmp_path
     assert not (tmp_path / "runs" / "latent_additive-small").exists()
 
 
+@pytest.mark.parametrize("fallback", ["mean_shift", "response_surface"])
 def test_a_fallback_answers_for_what_a_model_does_not_know(
-    screen: Screen, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    screen: Screen, tmp_path: Path, caplog: pytest.LogCaptureFixture, fallback: str
 ) -> None:
     unseen = splits.unseen(screen, fraction=0.2)
-    asked = Comparison(models=("latent_additive:small",), cells=8, steps=1, fallback="mean_shift")
+    names = ("latent_additive:small", "response_surface")
+    asked = Comparison(models=names, cells=8, steps=1, fallback=fallback)
     with caplog.at_level("INFO", logger="knockon"):
         compare(screen, unseen, out=tmp_path, comparison=asked)
-    assert f"mean_shift answers for {len(unseen.test)} of {len(unseen.test)} conditions" in caplog.text
+    assert f"{fallback} answers for {len(unseen.test)} of {len(unseen.test)} conditions" in caplog.text
     scores = pd.read_csv(tmp_path / "scores.csv")
     of = {name: part.drop(columns="model") for name, part in scores.groupby("model")}
     pd.testing.assert_frame_equal(
-        of["latent_additive-small"].reset_index(drop=True), of["mean_shift"].reset_index(drop=True)
+        of["latent_additive-small"].reset_index(drop=True), of[fallback].reset_index(drop=True)
     )
+    with pytest.raises(UserError, match=r"fallback: ripple.*response_surface"):
+        compare(screen, unseen, out=tmp_path, comparison=replace(asked, fallback="ripple"))
 
 
 def test_models_share_their_genes_whatever_they_are_fitted_to(screen: Screen, tmp_path: Path) -> None:

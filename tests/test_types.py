@@ -28,16 +28,6 @@ def test_encode() -> None:
     assert condition.to("cpu").dose.dtype == torch.float32
 
 
-def test_only_some_perturbations_of_a_condition_are_left() -> None:
-    condition = SPEC.encode(
-        [Label.of(["drug", "A"], [0.5, 0.0], ["T cells"]), Label.of(["B"], [0.0], ["B cells"])]
-    )
-    left = condition.only(torch.tensor([True, False, True, True]))
-    assert left.perturbation.tolist() == [[0, 3], [2, 0]]
-    assert torch.equal(left.dose, condition.dose)
-    assert torch.equal(left.covariates, condition.covariates)
-
-
 @pytest.mark.parametrize(
     ("label", "words"),
     [

@@ -143,9 +143,11 @@ def _pooled(folder: Path) -> bool:
 
 def _given(screen: Screen, comparison: Comparison, options: Options) -> Screen | Elsewhere:
     """Refuse what no job could do, and make the screen fit for all jobs."""
-    if comparison.fallback not in (None, *BASELINES):
+    guessing = [name for name, one in recipes(comparison).items() if "missing" in vars(one.model)]
+    able = dict.fromkeys((*BASELINES, *guessing))
+    if comparison.fallback not in (None, *able):
         raise UserError(
-            "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(BASELINES)
+            "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(able)
         )
     if comparison.jobs < 1 or (comparison.jobs > 1 and options.cluster):
         raise UserError(
@@ -247,7 +249,6 @@ def _announce(split: Split) -> None:
     lacking = sorted({str(s) for label in tested - measured for s in singles(label) if s not in measured})
     if lacking:
         log.info(
-            "the mean effect stands in, in models with the option `missing` (additive, ripple and others), "
-            "for what was not measured alone and has no vector: %s",
+            "not measured alone: %s; the additive baselines, response_surface and ripple guess its effect",
             ", ".join(lacking),
         )

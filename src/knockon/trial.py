@@ -51,8 +51,8 @@ class Comparison:
     suite: tuple[suites.Name, ...] = ("core",)
     """Which metrics, by which conventions; several may be named."""
     fallback: str | None = None
-    """Baseline that answers for the conditions that a model has no basis to predict; without one, such a
-    model is left out."""
+    """Baseline, or ripple or response_surface if they are compared, that answers for the conditions that a
+    model has no basis to predict; without one, such a model is left out."""
     jobs: int = 1
     """Models that are trained and predicted side by side, each in a process with its share of the threads."""
 

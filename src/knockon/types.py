@@ -156,10 +156,6 @@ class Condition:
             dose=torch.nn.functional.pad(doses.gather(1, order), missing),
         )
 
-    def only(self, known: Bool[Tensor, "codes"]) -> "Condition":
-        """Leave perturbations of some codes, as if no other had been done."""
-        return replace(self, perturbation=torch.where(known[self.perturbation], self.perturbation, 0))
-
     def same_treatment(self, other: "Condition") -> Bool[Tensor, "sets others"]:
         """Whether the very same perturbations, at the very same doses, were done to each pair of sets."""
         slots = max(self.perturbation.shape[1], other.perturbation.shape[1])

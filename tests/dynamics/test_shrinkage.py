@@ -159,5 +159,6 @@ def test_slopes_are_bounded_and_others_make_up_for_it(draw: Draw) -> None:
 
 
 def test_a_guess_that_is_always_zero_changes_no_other() -> None:
-    assert slopes(np.diag([0, 2.0]), np.array([0, 1.0]))[1] == pytest.approx(0.5)
+    np.testing.assert_allclose(slopes(np.diag([0, 2.0]), np.array([0, 1.0])), [0, 0.5])
+    np.testing.assert_allclose(slopes(np.diag([0, 1.0]), np.array([0, 2.0])), [0, 1])
     np.testing.assert_allclose(slopes(np.ones((2, 2)), np.full(2, 0.5)).sum(), 0.5)  # both the same

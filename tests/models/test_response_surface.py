@@ -111,7 +111,7 @@ def test_an_unmeasured_single_is_the_mean_of_its_neighbors_by_their_vectors(make
     vectors = {name: np.array([np.cos(a), np.sin(a)]) for name, a in angles.items()}
     config = response_surface.Config(noise=0, cosines=60, neighbors=3, temperature=1e6, components=2)
     model = fit(config, make_screen(cells), gone, vectors)
-    near, average = model.faith[1].tolist()
+    near, average = model.belief[1].tolist()
     assert 0.5 < near <= 1
     assert average < 0.2
     new = near * one + average * (3 * one + 2 * other) / 5
@@ -131,8 +131,9 @@ def test_guesses_are_believed_as_far_as_singles_bear_them_out(make_screen) -> No
         model = fit(response_surface.Config(noise=0, curved=False, missing="mean"), make_screen(cells), ())
         measured = np.array(effects)
         guessed = (measured.sum(0) - measured) / 5
-        slope = (guessed * measured).sum() / (guessed**2).sum()
-        assert float(model.faith[0, 1]) == pytest.approx(np.clip(slope, 0, 1), abs=1e-3)
+        weight = 1 / np.linalg.norm(measured, axis=1, keepdims=True)
+        slope = (weight * guessed * measured).sum() / (weight * guessed**2).sum()
+        assert float(model.belief[0, 1]) == pytest.approx(np.clip(slope, 0, 1), abs=1e-3)
 
 
 def test_where_neighbors_say_nothing_the_mean_effect_stands_in_for_them(make_screen) -> None:
@@ -149,7 +150,7 @@ def test_where_neighbors_say_nothing_the_mean_effect_stands_in_for_them(make_scr
     missed = predict(model, *gone)[0] - 3.0 - effects["p0"]
     neighbor = effects[nearest_to(vectors, "p0")] - effects["p0"]
     assert np.square(missed).sum() < 0.8 * np.square(neighbor).sum()
-    assert model.faith[1, 1] > 2 * model.faith[1, 0]
+    assert model.belief[1, 1] > 2 * model.belief[1, 0]
 
 
 def nearest_to(vectors: dict[str, np.ndarray], name: str) -> str:

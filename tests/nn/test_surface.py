@@ -109,6 +109,14 @@ def test_several_threads_fit_what_one_does() -> None:
     torch.testing.assert_close(two.weight, one.weight, atol=1e-4, rtol=0)
 
 
+def test_what_rounding_makes_unsolvable_is_left_out() -> None:
+    """Without frequencies all cosines are constant, and rounding is larger than the smallest penalties."""
+    features = torch.randn(60_000, 2, generator=torch.Generator().manual_seed(0))
+    surface = fitted(features, features[:, 0], cosines=600, width=0)
+    assert surface.weight.isfinite().all()
+    assert fitted(features, features[:, 0].clone().fill_(torch.nan)).weight.eq(0).all()
+
+
 def test_uncertain_examples_count_less() -> None:
     (features, noise), (others, _) = examples(0), examples(1)
     bad = torch.arange(len(features)) % 2 == 0

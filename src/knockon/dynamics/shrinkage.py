@@ -91,13 +91,13 @@ def slopes(
     Parameters
     ----------
     gram, moment
-        Products of the guesses with each other, and with what was measured. A guess that is always 0 gets
-        0 or any other factor.
+        Products of the guesses with each other, and with what was measured. A guess that is always 0 gets 0.
     """
     values, vectors = np.linalg.eigh(gram)
     root = np.sqrt(np.maximum(values, 0))
     right = np.divide(vectors.T @ moment, root, out=np.zeros_like(root), where=root > 1e-6 * root.max())
-    return lsq_linear((vectors * root).T, right, bounds=(0, 1)).x
+    found = lsq_linear((vectors * root).T, right, bounds=(0, 1)).x
+    return np.where(np.diag(gram) > 0, found, 0)
 
 
 def _likelihood(

@@ -3,17 +3,16 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from knockon.dynamics.discrepancy import energy_distance
-from knockon.model import Model, ModelConfig
+from knockon.model import Model
 from knockon.models.ripple import Config
-from knockon.types import CellSets, Condition, Noise, Spec, UserError
+from knockon.types import CellSets, Condition, Noise, Spec
 
 log = logging.getLogger("knockon")
 
@@ -21,27 +20,6 @@ WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Weights of the mean of ripple that are tried."""
 SHARES = (0.0, 0.5, 1.0)
 """Shares of what the network learned that are tried."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PulledConfig(ModelConfig):
-    """Whether cells end at the mean of ripple, and what is said of perturbations that were never trained."""
-
-    pulled: bool = True
-    """In the end, cells are moved towards the mean that ripple expects, by a weight that is chosen on
-    validation conditions (not in the paper)."""
-    missing: Literal["refuse", "mean"] = "refuse"
-    """A perturbation that was never trained and has no vector: refuse it, or, with ``pulled``, let cells to
-    which it was not done be moved to what ripple guesses: from its neighbors and the mean effect."""
-
-    @property
-    def moved(self) -> bool:
-        """Whether cells can be moved."""
-        return self.pulled
-
-    def answering(self) -> "PulledConfig":
-        """Let ripple guess, where cells are moved."""
-        return replace(self, missing="mean") if self.moved else self
 
 
 class PulledModel(Model):
@@ -57,14 +35,11 @@ class PulledModel(Model):
     ----------
     anchored
         Whether the model needs ripple for more than that.
+    pulled
+        Whether cells are moved at all.
     shrunk
         Whether the share is chosen after training, and a half where there is nothing to choose by; else it
         is 1.
-
-    Raises
-    ------
-    UserError
-        If ripple is to guess where no cell is moved to its mean.
     """
 
     deep: ClassVar[bool] = True
@@ -73,29 +48,13 @@ class PulledModel(Model):
     weight: Float[Tensor, ""]
     share: Float[Tensor, ""]
 
-    def __init__(
-        self, config: PulledConfig, spec: Spec, *, anchored: bool = False, shrunk: bool = False
-    ) -> None:
+    def __init__(self, spec: Spec, *, anchored: bool, pulled: bool, shrunk: bool = False) -> None:
         super().__init__(spec)
-        if config.missing == "mean" and not config.moved:
-            raise UserError(
-                "missing=mean where cells are not moved to the mean of ripple",
-                expected="missing=refuse, or a model whose cells are moved (--model.pulled)",
-            )
-        self.guesses = config.missing == "mean"
-        self.pulled = pulled = config.moved
+        self.pulled = pulled
         self.shrunk = shrunk
         self.register_buffer("share", torch.ones(()))
         self.ripple = Config(missing="mean").build(spec) if anchored or pulled else None
         self.register_buffer("weight", torch.ones(()))
-
-    @abstractmethod
-    def based(self) -> Bool[Tensor, "codes"]:
-        """Perturbations that the model knows by itself: trained, or with a vector."""
-
-    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
-        """Whether the model knows all of a condition, or may let ripple guess."""
-        return self.based()[condition.perturbation].all(dim=-1) | self.guesses
 
     @abstractmethod
     def make(

@@ -18,8 +18,8 @@ from torch.nn import functional
 from knockon.data.graph import one_count
 from knockon.dynamics import diffusion
 from knockon.dynamics.discrepancy import energy_distance
-from knockon.model import Losses, Names, Recipe, Training
-from knockon.models._pulled import PulledConfig, PulledModel
+from knockon.model import Losses, ModelConfig, Names, Recipe, Training
+from knockon.models._pulled import PulledModel
 from knockon.models._released_perturbdiff import from_released
 from knockon.nn.conditions import BranchEncoder
 from knockon.nn.counts import single_counts, soften, whole_counts
@@ -36,7 +36,7 @@ FLOOR = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Architecture, PulledConfig):
+class Config(Architecture, ModelConfig):
     """PerturbDiff: its network (``Architecture``), its diffusion, its objective and its way of sampling."""
 
     at_generation: ClassVar[tuple[str, ...]] = (
@@ -54,6 +54,9 @@ class Config(Architecture, PulledConfig):
     anchored: bool = True
     """With ``residual``, the cells of ripple stand in the place of control cells, in training as if their
     condition had not been measured; the network then begins there (not in the paper)."""
+    pulled: bool = True
+    """With ``residual``, cells are moved towards the mean that ripple expects in the end, by a weight that is
+    chosen on validation conditions (not in the paper)."""
     shrunk: bool = True
     """With ``residual``, generation changes a share of all values (none, half, all) of the cells it adds to,
     drawn at random; the share is chosen on validation conditions with that weight, and is a half where
@@ -107,11 +110,6 @@ class Config(Architecture, PulledConfig):
     """Values below a single count become none or one at the end, at random (not in the paper)."""
     shrinkage: float = 0.05
     """With ``residual``, counts by which changes are shrunk towards none at the end (not in the paper)."""
-
-    @property
-    def moved(self) -> bool:
-        """With ``residual``, and where what was done is told."""
-        return self.pulled and self.residual and not self.marginal
 
     def build(self, spec: Spec) -> "PerturbDiff":
         """Make the model.
@@ -192,8 +190,8 @@ class PerturbDiff(PulledModel):
 
     def __init__(self, config: Config, spec: Spec) -> None:
         wanted = not config.marginal and config.residual
-        shrunk = wanted and config.shrunk and config.control_dropout < 1
-        super().__init__(config, spec, anchored=wanted and config.anchored, shrunk=shrunk)
+        switches = {name: wanted and getattr(config, name) for name in ("anchored", "pulled")}
+        super().__init__(spec, **switches, shrunk=wanted and config.shrunk and config.control_dropout < 1)
         self.config = config
         width = len(spec.genes) if config.condition_through_genes else config.width
         self.conditions = BranchEncoder(spec, config.branch, width)
@@ -217,9 +215,9 @@ class PerturbDiff(PulledModel):
                 self.ripple.prepare()
         self.one_count.fill_(one_count(train.matrix, train.every))
 
-    def based(self) -> Bool[Tensor, "codes"]:
-        """Perturbations that were trained, and those with a vector; all, where what was done is hidden."""
-        return self.conditions.known() | self.config.marginal
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
+        """Perturbations that were trained, and those with a vector."""
+        return self.conditions.knows(condition.perturbation).all(dim=-1) | self.config.marginal
 
     @property
     def learns_controls(self) -> bool:

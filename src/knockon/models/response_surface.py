@@ -100,7 +100,7 @@ class ResponseSurface(MeanModel):
     """Squared error of the measured effects."""
     spread: Float[Tensor, "genes"]
     """Standard deviation of a gene within conditions, log1p."""
-    faith: Float[Tensor, "basis guesses"]
+    belief: Float[Tensor, "basis guesses"]
     """Factors of what neighbors guess and of the mean effect, without and with neighbors."""
     response: Float[Tensor, "mean_and_std genes"]
     """Over the measured effects."""
@@ -119,7 +119,7 @@ class ResponseSurface(MeanModel):
         self.register_buffer("apart", torch.zeros(0, 0))
         self.register_buffer("doubt", torch.zeros(0))
         self.register_buffer("spread", torch.zeros(len(spec.genes)))
-        self.register_buffer("faith", torch.eye(2).flip(0))
+        self.register_buffer("belief", torch.eye(2).flip(0))
         self.register_buffer("response", torch.zeros(2, len(spec.genes)))
 
     def fit_effects(self, train: Screen) -> None:
@@ -145,7 +145,7 @@ class ResponseSurface(MeanModel):
         self.response = torch.stack([found.mean(0), found.std(0, correction=0)])
         self.doubt = torch.from_numpy(rows * genes.sum()).float()
         self.apart = self._compare_contexts(asked, raw)
-        self.faith = self._believe(asked, raw)
+        self.belief = self._believe(asked, raw)
         if self.config.curved:
             self._fit_surfaces(asked, raw)
 
@@ -206,7 +206,7 @@ class ResponseSurface(MeanModel):
         if not missing.any():
             return found
         guesses, near = self._guesses(condition, without)
-        guessed = (self.faith[near.long()].unsqueeze(-1) * guesses).sum(2)
+        guessed = (self.belief[near.long()].unsqueeze(-1) * guesses).sum(2)
         return torch.where(missing.unsqueeze(-1), guessed, found)
 
     def _guesses(
@@ -304,7 +304,7 @@ class ResponseSurface(MeanModel):
         )
 
     def _believe(self, asked: Condition, raw: Float[Tensor, "rows genes"]) -> Float[Tensor, "basis guesses"]:
-        """Fit the factors of what is guessed to measured singles, each guessed without its perturbation."""
+        """Fit the factors of what is guessed to singles, each guessed without its perturbation."""
         alone = ((asked.perturbation > 0).sum(1) == 1).nonzero().flatten()
         gram, moment = torch.zeros(2, 2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
         for some in alone.split(BLOCK):
@@ -312,10 +312,11 @@ class ResponseSurface(MeanModel):
             guesses, near = (x[:, 0] for x in self._guesses(asked[some], touching))
             counted = torch.stack([torch.ones_like(near), near])[:, :, None, None] * guesses
             counted[0, :, 0] = 0
-            gram += torch.einsum("bsig,bsjg->bij", counted, counted)
-            moment += torch.einsum("bsig,sg->bi", counted, raw[some])
+            weight = 1 / raw[some].norm(dim=1).clamp_min(1e-9)  # few strong ones do not speak for all
+            gram += torch.einsum("s,bsig,bsjg->bij", weight, counted, counted)
+            moment += torch.einsum("s,bsig,sg->bi", weight, counted, raw[some])
         if not gram[0].any():
-            return self.faith
+            return self.belief
         if not gram[1].any():
             gram[1], moment[1] = gram[0], moment[0]
         found = [slopes(*of) for of in zip(gram.numpy(), moment.numpy(), strict=True)]

@@ -17,8 +17,8 @@ from torch.nn import functional
 from knockon.data import graph
 from knockon.data.arrays import Moments
 from knockon.dynamics import discrepancy, flow, solve
-from knockon.model import Losses, Recipe, Training
-from knockon.models._pulled import PulledConfig, PulledModel
+from knockon.model import Losses, ModelConfig, Recipe, Training
+from knockon.models._pulled import PulledModel
 from knockon.models._released_scdfm import from_released
 from knockon.nn.normal_scores import NormalScores
 from knockon.nn.pad import Architecture, Known, PADTransformer
@@ -34,7 +34,7 @@ RANKED_CELLS, RANKED_VALUES = 2**13, 2**25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Architecture, PulledConfig):
+class Config(Architecture, ModelConfig):
     """scDFM: its network (``Architecture``), its objective and its way of sampling."""
 
     at_generation: ClassVar[tuple[str, ...]] = (
@@ -57,6 +57,9 @@ class Config(Architecture, PulledConfig):
     shrunk: bool = True
     """Of what the network adds to that Gaussian, generation takes a share (0, a half, all) that is chosen on
     validation conditions; a half without any (not in the paper)."""
+    pulled: bool = True
+    """In the end, cells are moved towards the mean that ripple expects, by a weight that is chosen on
+    validation conditions (not in the paper)."""
     mmd: float = 0.5
     """Weight of the maximum mean discrepancy; 0 is the paper's ablation."""
     genes_per_step: int = 1000
@@ -172,9 +175,9 @@ class SCDFM(PulledModel):
 
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__(
-            config,
             spec,
             anchored=config.gaussian_base and config.anchored_base,
+            pulled=config.pulled,
             shrunk=config.gaussian_base and config.shrunk,
         )
         self.config = config
@@ -225,9 +228,9 @@ class SCDFM(PulledModel):
         starts = self.start(shown, noise, torch.arange(len(self.level), device=shown.device))[0]
         return torch.stack([starts.mean(0), starts.std(0)])
 
-    def based(self) -> Bool[Tensor, "codes"]:
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations seen in training, genes of the panel, and those with a vector."""
-        return self.trained | self.network.conditions.based()
+        return (self.trained | self.network.conditions.based())[condition.perturbation].all(dim=-1)
 
     def loss(self, batch: CellSets, rng: torch.Generator) -> Losses:
         """Flow matching at random times, and the discrepancy of where its velocities lead."""
@@ -321,7 +324,7 @@ class SCDFM(PulledModel):
         shown = control[..., genes].flatten(0, 1)
         times = torch.linspace(0, 1, self.config.points, device=control.device, dtype=control.dtype)
         rng = noise.generators[0] if self.config.dropout_in_generation else None
-        g, p = self.network.encode(genes, condition.only(self.based()), rng)
+        g, p = self.network.encode(genes, condition, rng)
         p, mean = (x.repeat_interleave(cells, 0) for x in (p, self.mean(condition)[:, genes]))
         parts = []
         for rows in torch.arange(len(p), device=p.device).split(max(1, self.config.chunk // len(genes))):

@@ -19,7 +19,7 @@ from knockon.data.arrays import totals
 from knockon.dynamics import flow, solve
 from knockon.model import Losses, Model, ModelConfig, Names, Recipe, Training, copy_named
 from knockon.models import scldm_vae
-from knockon.models._pulled import PulledConfig, PulledModel
+from knockon.models._pulled import PulledModel
 from knockon.models._released_scldm import from_released
 from knockon.nn.conditions import ClassEncoder
 from knockon.nn.counts import normalized, rounded
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LatentArchitecture, PulledConfig):
+class Config(LatentArchitecture, ModelConfig):
     """The flow: its network (``LatentArchitecture``), its autoencoder, conditions and way of sampling."""
 
     at_generation: ClassVar[tuple[str, ...]] = (
@@ -75,6 +75,9 @@ class Config(LatentArchitecture, PulledConfig):
     quantile_mapped: bool = True
     """Drawn counts are given the distribution that each gene has over training cells, by ranks among cells
     that are generated of the same conditions (not in the paper)."""
+    pulled: bool = True
+    """Cells of a condition are moved towards the mean that ripple expects in the end, by a weight that is
+    chosen on validation conditions (not in the paper); cells without control cells are not."""
 
     def build(self, spec: Spec) -> "LatentFlow":
         """Make the model.
@@ -177,7 +180,7 @@ class LatentFlow(PulledModel):
     """Sum that the counts of a cell are brought to where cells are moved, the median of training cells."""
 
     def __init__(self, config: Config, spec: Spec) -> None:
-        super().__init__(config, spec)
+        super().__init__(spec, anchored=False, pulled=config.pulled)
         self.config = config
         self.autoencoder = config.autoencoder.build(spec).requires_grad_(requires_grad=False)
         shape = config.autoencoder.latents, config.autoencoder.latent_width
@@ -201,9 +204,9 @@ class LatentFlow(PulledModel):
         sizes = {label: sums[np.searchsorted(every, rows)] for label, rows in train.rows.items()}
         self.sizes.fit(sizes, self.spec)
 
-    def based(self) -> Bool[Tensor, "codes"]:
+    def knows(self, condition: Condition) -> Bool[Tensor, "sets"]:
         """Perturbations that were trained, and those with a vector."""
-        return self.conditions.known()
+        return self.conditions.knows(condition.perturbation).all(dim=-1)
 
     @property
     def learns_controls(self) -> bool:

@@ -266,14 +266,15 @@ class Branches(nn.Module):
             found[f"covariates.{i}.table.weight"] = (levels, None)
         return found
 
-    def known(self) -> Bool[Tensor, "codes"]:
-        """Perturbations that were trained or have a vector, and nothing."""
-        known = self.trained | (torch.arange(len(self.trained), device=self.trained.device) == NOTHING)
-        return known | self.own.known if isinstance(self.own, Projection) else known
+    def knows(self, codes: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Whether a perturbation was trained or has a vector."""
+        known = self.trained
+        if isinstance(self.own, Projection):
+            known = known | self.own.known
+        return known[codes] | (codes == NOTHING)
 
     def branches(self, condition: Condition) -> list[Float[Tensor, "sets dim"]]:
-        """Encode what was done, as far as it is known, then each covariate."""
-        condition = condition.only(self.known())
+        """Encode what was done, then each covariate."""
         codes = condition.perturbation
         encoded = self.own(codes)
         if self.dose is not None:

@@ -94,9 +94,9 @@ class Surface(nn.Module):
             explained = 2 * (moment * without).sum(1) - torch.einsum("fi,fij,fj->f", without, gram, without)
             error = (square - explained).sum()
             if error < best and explained.mean() > explained.std() / math.sqrt(FOLDS):
-                best = error
                 whole = _solved(gram.sum(0) + penalty * ridge, moment.sum(0))
-                self.weight = torch.cat([without, whole[None]]).float()
+                if whole.isfinite().all():
+                    best, self.weight = error, torch.cat([without, whole[None]]).float()
 
     def forward(
         self, features: Float[Tensor, "*sets genes features"], fold: Int[Tensor, "*sets"] | None = None
@@ -121,9 +121,11 @@ class Surface(nn.Module):
 def _solved(
     matrix: Float[Tensor, "*sets terms terms"], right: Float[Tensor, "*sets terms"]
 ) -> Float[Tensor, "*sets terms"]:
-    """Solve with positive definite matrices.
+    """Solve with positive definite matrices; NaN where rounding has made one that is not.
 
     Not by `torch.linalg.solve`, whose LU of several large matrices is wrong on several threads of a CPU
     (https://github.com/pytorch/pytorch/issues/142815).
     """
-    return torch.cholesky_solve(right[..., None], torch.linalg.cholesky(matrix)).squeeze(-1)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    found = torch.cholesky_solve(right[..., None], factor).squeeze(-1)
+    return torch.where(failed[..., None] > 0, torch.nan, found)

@@ -18,8 +18,8 @@ KNOWN = [
 ]
 
 
-def ask(names: str, dose: float = 1.0, context: str = "t1", effect: float = 0.5, **known: bool) -> str:
-    experience = Experience(labels=KNOWN, largest=1.0, **known)
+def ask(names: str, dose: float = 1.0, context: str = "t1", effect: float = 0.5) -> str:
+    experience = Experience(labels=KNOWN, largest=1.0, with_vectors={"Y"})
     label = Label.of(list(names), [dose] * len(names), [context])
     return "; ".join(experience.warnings(label, effect))
 
@@ -31,7 +31,7 @@ def test_nothing_is_said_of_what_is_like_training() -> None:
 
 def test_what_was_never_measured() -> None:
     assert ask("X") == "X was never measured"
-    assert ask("X", has_vectors=True) == "X was never measured, only its vector is known"
+    assert ask("Y") == "Y was never measured, only its vector is known"
     assert ask("AD") == "D was measured in combinations only"
     assert ask("AB") == "never combined with anything: B"
     assert "never combined with anything: B, C" in ask("BC")

@@ -12,7 +12,7 @@ from knockon.data import simulate, splits
 from knockon.data.screen import Screen
 from knockon.ranking.source import Draws, OfFile, OfRun
 from knockon.run import Run
-from knockon.train import train
+from knockon.train import Options, train
 from knockon.types import Label, UserError
 
 
@@ -44,6 +44,15 @@ def test_held_out_conditions_are_not_known(run: Run) -> None:
     source = OfRun(run)
     assert not set(run.split.test) & set(source.measured.rows)
     assert set(run.split.test) <= set(source.whole.rows)
+
+
+def test_only_perturbations_in_the_table_have_a_vector(screen: Screen, tmp_path: Path) -> None:
+    known, new = screen.spec().perturbations[0], "NEW"
+    table = tmp_path / "vectors.csv"
+    table.write_text(f"name,x,y\n{known},1,0\n{new},0,1\n")
+    split, options = splits.additive(screen), Options(vectors=table)
+    run = train("additive", screen, split, out=tmp_path / "run", options=options)
+    assert OfRun(run).with_vectors == {known, new}
 
 
 @pytest.mark.parametrize("layer", [None, "counts"])

@@ -20,18 +20,18 @@ class Experience:
         Perturbed conditions.
     largest
         Length of the largest effect among them, in natural log1p units.
-    has_vectors
-        Whether the model has a vector for each perturbation.
+    with_vectors
+        Perturbations of which the model has a vector.
     """
 
     labels: Collection[Label]
     largest: float
-    has_vectors: bool = False
+    with_vectors: Collection[str] = ()
 
     @classmethod
-    def of(cls, measured: Screen, *, has_vectors: bool = False) -> "Experience":
+    def of(cls, measured: Screen, with_vectors: Collection[str] = ()) -> "Experience":
         """Look at the training part of a screen, in log1p."""
-        return cls(labels=measured.conditions, largest=_largest(measured), has_vectors=has_vectors)
+        return cls(labels=measured.conditions, largest=_largest(measured), with_vectors=with_vectors)
 
     def warnings(self, label: Label, effect: float) -> list[str]:
         """Say what of a condition is unlike training.
@@ -65,7 +65,9 @@ class Experience:
             return ""
         if holding:
             return f"{name} was measured in combinations only"
-        return f"{name} was never measured" + (", only its vector is known" if self.has_vectors else "")
+        return f"{name} was never measured" + (
+            ", only its vector is known" if name in self.with_vectors else ""
+        )
 
     def _new_doses(self, label: Label) -> list[str]:
         doses = defaultdict(set)

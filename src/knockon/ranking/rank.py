@@ -235,7 +235,7 @@ def rank(
     """
     source = source if isinstance(source, Source) else OfRun(source)
     aligned = _aligned(source, by, target)
-    known = Experience.of(source.measured, has_vectors=source.has_vectors)
+    known = Experience.of(source.measured, source.with_vectors)
     question = _Question(source=source, by=by, target=aligned, known=known)
     labels = source.candidates() if candidates is None else source.resolve(candidates)
     labels = _checked(list(dict.fromkeys(labels)), question)

@@ -20,6 +20,7 @@ from knockon.data import conventions, prepare, values
 from knockon.data.formats import read_obs
 from knockon.data.prepare import Preparation
 from knockon.data.screen import Screen
+from knockon.data.vectors import present
 from knockon.evaluate.populations import mean
 from knockon.evaluate.prediction import Prediction, read
 from knockon.predict import all_pairs, draw, groups, unknown
@@ -67,8 +68,8 @@ class Source(ABC):
     whole: Screen
     total: float | None = None
     """Sum that all counts of a cell were normalized to before ``log1p``; None where nobody knows."""
-    has_vectors: bool = False
-    """Whether the model was given a vector for each perturbation."""
+    with_vectors: frozenset[str] = frozenset()
+    """Perturbations of which the model was given a vector."""
 
     @cached_property
     def controls(self) -> Mapping[tuple[str, ...], Float[np.ndarray, "genes"]]:
@@ -122,7 +123,9 @@ class OfRun(Source):
         self.whole = _in_log1p(run.screen, self.panel_total)
         train = (*run.split.train, *run.split.validation)
         self.measured = self.whole.select((*train, *self.whole.controls))
-        self.has_vectors = run.model.spec.vectors is not None
+        spec = run.model.spec
+        if spec.vectors is not None:
+            self.with_vectors = frozenset(np.array(spec.perturbations)[present(spec.vectors)].tolist())
 
     def unknown(self, labels: Sequence[Label]) -> list[Label]:
         """List what the model has no basis to predict."""

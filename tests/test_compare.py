@@ -82,7 +82,7 @@ def test_what_cannot_be_predicted_is_left_out_or_guessed_and_both_are_said(
             comparison=Comparison(models=("latent_additive:small", "ripple"), cells=8, steps=1),
         )
     assert "latent_additive-small is left out" in caplog.text
-    assert "ripple guess its effect" in caplog.text
+    assert "ripple guess their effects" in caplog.text
     assert set(summary["model"]) == {*BASELINES, "ripple", "ceiling"}
 
 

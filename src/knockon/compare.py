@@ -249,6 +249,6 @@ def _announce(split: Split) -> None:
     lacking = sorted({str(s) for label in tested - measured for s in singles(label) if s not in measured})
     if lacking:
         log.info(
-            "not measured alone: %s; the additive baselines, response_surface and ripple guess its effect",
+            "never measured alone: %s; additive baselines, response_surface and ripple guess their effects",
             ", ".join(lacking),
         )

@@ -307,7 +307,7 @@ def load_weights(model: Model, path: Path) -> None:
         raise UserError(
             f"The weights in {path} do not fit the configuration beside them",
             offenders=[str(error).splitlines()[1].strip() if "\n" in str(error) else error],
-            expected="a run folder that nobody edited",
+            expected="a run folder of this version of knockon, that nobody edited",
         ) from error
 
 

@@ -143,8 +143,8 @@ def _pooled(folder: Path) -> bool:
 
 def _given(screen: Screen, comparison: Comparison, options: Options) -> Screen | Elsewhere:
     """Refuse what no job could do, and make the screen fit for all jobs."""
-    guessing = [name for name, one in recipes(comparison).items() if "missing" in vars(one.model)]
-    able = dict.fromkeys((*BASELINES, *guessing))
+    compared = recipes(comparison).items()
+    able = [name for name, one in compared if name in BASELINES or one.model.guesses]
     if comparison.fallback not in (None, *able):
         raise UserError(
             "Unknown --fallback", offenders=[comparison.fallback], expected="one of " + ", ".join(able)

@@ -226,9 +226,14 @@ class ModelConfig(ABC):
     def build(self, spec: Spec) -> Model:
         """Make the model, with weights drawn from torch's global generator (the caller forks it)."""
 
+    @property
+    def guesses(self) -> bool:
+        """Whether there is an option ``missing``: what to do with what was never measured."""
+        return "missing" in {f.name for f in fields(self)}
+
     def answering(self) -> "ModelConfig":
-        """Let the mean effect stand in for what was never measured, where there is an option ``missing``."""
-        return replace(self, **{"missing": "mean"} if "missing" in {f.name for f in fields(self)} else {})
+        """Let the mean effect stand in for what was never measured, where the model can be told so."""
+        return replace(self, missing="mean") if self.guesses else self
 
     def earlier(self) -> "Path | Recipe | None":
         """Name the stage that comes before: its run folder, or how to train it; None for most models."""
